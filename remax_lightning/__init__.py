@@ -1,0 +1,1 @@
+"""ReMax: RLHF without a value model, as a collection of PyTorch Lightning modules."""

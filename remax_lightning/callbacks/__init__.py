@@ -1,0 +1,7 @@
+"""What happens around training: checkpoints, export, files of responses."""
+
+from remax_lightning.callbacks.checkpoint import Checkpoint
+from remax_lightning.callbacks.hf_export import HFExport
+from remax_lightning.callbacks.response_writer import ResponseWriter
+
+__all__ = ["Checkpoint", "HFExport", "ResponseWriter"]

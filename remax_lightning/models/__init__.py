@@ -1,0 +1,1 @@
+"""Models and tokenizers; nothing here knows Lightning."""

@@ -1,0 +1,131 @@
+"""One way of writing a conversation as tokens, for rollouts, training and reward scoring alike.
+
+The prompt and the response are always tokenized apart, so a prompt has the same tokens wherever it occurs and
+`encode_prompt(...) + encode_response(...)` is a whole training sequence.
+"""
+
+from pathlib import Path
+from typing import TypeAlias
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+Prompt: TypeAlias = str | list[dict[str, str]]
+"""Plain text, or chat messages, each with a `role` and a `content`."""
+
+
+def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can pad.
+
+    A tokenizer without a pad token pads with its eos token; masks come from lengths, so the two may be the same.
+
+    Args:
+        path: Folder or hub name.
+        chat_template: Jinja text, or a path to a `.jinja` file, in place of the tokenizer's own chat template.
+
+    Raises:
+        FileNotFoundError: If `path` is written like a folder and there is none.
+        ValueError: If the tokenizer has neither a pad nor an eos token.
+    """
+    folder = Path(path).expanduser()
+    if _looks_like_folder(path) and not folder.exists():
+        raise FileNotFoundError(
+            f"no tokenizer folder {path!r}; give an existing folder with tokenizer files, or a hub name 'owner/name'"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"tokenizer {path!r} has neither a pad nor an eos token; add an eos token to its files")
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        is_file = chat_template.endswith(".jinja")
+        tokenizer.chat_template = Path(chat_template).expanduser().read_text("utf-8") if is_file else chat_template
+    return tokenizer
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Tokens of a prompt, up to where the response begins.
+
+    Text keeps the special tokens that the tokenizer puts in front (a BOS token that the text already starts with is not
+    doubled) and loses those it puts behind. Messages are rendered by the chat template, with the generation prompt;
+    their special tokens are the template's own.
+
+    Args:
+        tokenizer: Tokenizer; with a chat template if the prompt is a list of messages.
+        prompt: Text or messages.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ValueError: If the prompt is a list of messages and the tokenizer has no chat template.
+    """
+    if not isinstance(prompt, str):
+        return _tokenize(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
+    leading, ids = _leading_special_tokens(tokenizer), _tokenize(tokenizer, prompt)
+    has_own_bos = ids[:1] == leading[-1:] == [tokenizer.bos_token_id]
+    return ids if has_own_bos else leading + ids
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> list[int]:
+    """Tokens that follow the prompt, the one that ends the response included.
+
+    After text: the response's tokens and eos. After messages: what the chat template writes after the rendered prompt,
+    up to the token that ends the turn; a template that adds none gets eos, and so does one that writes the prompt
+    differently once a response follows it.
+
+    Args:
+        tokenizer: Tokenizer with an eos token.
+        prompt: Text or messages.
+        response: Text of the response.
+
+    Returns:
+        Token ids; the last one is a special token.
+    """
+    if not isinstance(prompt, str):
+        before = _render(tokenizer, prompt, add_generation_prompt=True)
+        turn = {"role": "assistant", "content": response}
+        whole = _render(tokenizer, [*prompt, turn], add_generation_prompt=False)
+        if whole.startswith(before):
+            response = whole[len(before) :]
+    return _end(tokenizer, _tokenize(tokenizer, response), cut_blanks=not isinstance(prompt, str))
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, cut_blanks: bool) -> list[int]:
+    """Make the last token one that ends a response; blanks that a template writes behind such a token go."""
+    end = len(ids)
+    while cut_blanks and end and not str(tokenizer.decode([ids[end - 1]])).strip():
+        end -= 1
+    if end and _is_special(tokenizer, ids[end - 1]):
+        return ids[:end]
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no eos token to end a response with; set one")
+    return [*ids, tokenizer.eos_token_id]
+
+
+def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that the tokenizer puts in front of any text."""
+    plain, marked = _tokenize(tokenizer, "a"), tokenizer("a")["input_ids"]
+    starts = (start for start in range(len(marked)) if marked[start : start + len(plain)] == plain)
+    return marked[: next(starts, 0)]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompt is a list of messages, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
+            "set chat_template, or use text prompts"
+        )
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return str(text)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    return tokenizer.decode([token], skip_special_tokens=True) == "" != tokenizer.decode([token])
+
+
+def _looks_like_folder(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path

@@ -1,0 +1,194 @@
+"""What every module shares: the optimizer, the one manual-optimization loop, means over processes."""
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from remax_lightning.modules.means import Means
+
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
+MAX_SKIPPED_STEPS = 10
+
+
+class TrainableModule(LightningModule):
+    """A transformers model and how it is trained.
+
+    A subclass names the model (``trained_model``) and calls :meth:`update` from its ``training_step``.
+
+    Args:
+        optimizer: Optimizer of the model's parameters; weight decay is left off norms and biases.
+        lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
+        warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
+        micro_batch_size: Rows for each forward and backward pass; the update does not depend on it, the memory does.
+            The default is the whole batch.
+        max_grad_norm: The gradient is scaled down to this norm; the default leaves it as it is.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_schedule: LearningRateSchedule,
+        warmup_fraction: float,
+        micro_batch_size: int | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction is a part of all steps, from 0 to below 1, got {warmup_fraction}")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, or null for no clipping, got {max_grad_norm}")
+        self.automatic_optimization = False
+        self.optimizer = optimizer
+        self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
+        self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
+        self.skipped_in_a_row = 0
+        self.seconds: dict[str, float] = {}
+        self.train_means, self.eval_means = Means(), Means()
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    @abstractmethod
+    def trained_model(self) -> PreTrainedModel:
+        """The model that the optimizer updates and that is exported."""
+
+    def setup(self, stage: str) -> None:
+        """Refuse what this loop cannot do right."""
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("precision 16-mixed scales the loss, which this loop does not undo; use bf16-mixed")
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over two groups of parameters, and the schedule of its learning rate."""
+        optimizer = self.optimizer(cast(Iterable[nn.Parameter], parameter_groups(self.trained_model)))
+        total = self._total_steps() if self.lr_schedule != "constant" or self.warmup_fraction > 0 else 0
+        name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
+        scheduler = get_scheduler(name, optimizer, int(self.warmup_fraction * total), total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                f"lr_schedule={self.lr_schedule} with warmup_fraction={self.warmup_fraction} needs to know the number "
+                "of steps; set trainer.max_steps or trainer.max_epochs"
+            )
+        return int(steps)
+
+    def update(self, num_rows: int, loss: Callable[[Tensor], Tensor]) -> None:
+        """One optimizer step on a batch, in micro-batches: the only one in the project.
+
+        A step with nothing to learn from or with a gradient that is not finite is skipped and counted, by all
+        processes alike, since the gradient is the same in all of them; the weights stay bitwise as they were.
+
+        Args:
+            num_rows: Rows of this process's batch.
+            loss: From row indices to their summed loss, divided by the number of :meth:`terms_per_process`. Where that
+                is 0, because every row was dropped, the gradient is not finite and the step is skipped.
+
+        Raises:
+            RuntimeError: After ten skipped steps in a row.
+        """
+        optimizer = cast(Optimizer, self.optimizers())
+        micro_batches = self.micro_batches(num_rows)
+        for number, rows in enumerate(micro_batches):
+            with self._gradient_sync(number == len(micro_batches) - 1):
+                self.manual_backward(loss(rows))
+        max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.trained_model.parameters(), max_norm)
+        is_usable = bool(torch.isfinite(norm))
+        self.train_means.add("grad_norm", norm)
+        self.train_means.add("steps_skipped", torch.tensor(0.0 if is_usable else 1.0, device=self.device))
+        self.train_means.add("learning_rate", torch.tensor(optimizer.param_groups[0]["lr"], device=self.device))
+        if is_usable:
+            optimizer.step()
+            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        optimizer.zero_grad()
+        self._count_skipped(is_usable)
+
+    def micro_batches(self, num_rows: int) -> tuple[Tensor, ...]:
+        """Row indices of each micro-batch."""
+        return torch.arange(num_rows, device=self.device).split(self.micro_batch_size or num_rows)
+
+    def _gradient_sync(self, is_last: bool) -> Any:
+        """Processes exchange gradients once a step, after the last micro-batch."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not is_last else nullcontext()
+
+    def _count_skipped(self, is_usable: bool) -> None:
+        self.skipped_in_a_row = 0 if is_usable else self.skipped_in_a_row + 1
+        if is_usable:
+            return
+        rank_zero_warn(f"step {self.global_step} is skipped: no usable row, or a gradient that is not finite")
+        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
+            raise RuntimeError(
+                f"{MAX_SKIPPED_STEPS} steps in a row had no usable row or a gradient that is not finite; the weights "
+                "are those before them: look at the rewards and the data, or lower the learning rate"
+            )
+
+    def terms_per_process(self, count: Tensor) -> Tensor:
+        """Terms (tokens, pairs) of all processes' batches over the number of processes.
+
+        Strategies average gradients over processes; losses divided by this number then add up to the mean over all
+        terms of the global batch, whatever their split over processes and micro-batches.
+        """
+        total = cast(Tensor, self.trainer.strategy.reduce(count.double(), reduce_op="sum"))
+        return total / self.trainer.world_size
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the step, for ``time/*`` and for Lightning's profilers."""
+        start = time.perf_counter()
+        with self.trainer.profiler.profile(name):
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def log_training(self, progress: Iterable[str]) -> None:
+        """Log the step's means over all processes under ``train/`` and the seconds of its phases under ``time/``."""
+        for name, value in self.train_means.compute().items():
+            self.log(f"train/{name}", value, prog_bar=name in set(progress), batch_size=1)
+        for name, seconds in self.seconds.items():
+            self.log(f"time/{name}", seconds, batch_size=1)
+        self.seconds = {}
+
+    def log_evaluation(self, stage: str) -> None:
+        """Log the means over all batches of an evaluation."""
+        for name, value in self.eval_means.compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=True, batch_size=1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the validation found."""
+        self.log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the test found."""
+        self.log_evaluation("test")
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, and norms and biases, which no weight decay pulls to zero."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def adamw(lr: float, weight_decay: float) -> OptimizerCallable:
+    """AdamW with the betas of the ReMax recipes, (0.9, 0.95)."""
+    return lambda parameters: AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)

@@ -1,0 +1,110 @@
+"""A module whose model is a policy: it turns prompts into responses."""
+
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from remax_lightning.models.language_model import load_language_model, response_logits, stop_token_ids
+from remax_lightning.models.source import ModelSource
+from remax_lightning.modules.base import LearningRateSchedule, TrainableModule
+from remax_lightning.rollout import Rollout, RolloutEngine, Sampling
+
+
+class PolicyModule(TrainableModule):
+    """A causal language model that is trained and that responds to prompts.
+
+    Args:
+        policy: The model to train.
+        sampling: How its responses are drawn.
+        engine: What draws them.
+        seed: Key of all sampled responses.
+        optimizer: As in TrainableModule, like the rest.
+        lr_schedule: As there.
+        warmup_fraction: As there.
+        micro_batch_size: As there.
+        max_grad_norm: As there.
+    """
+
+    policy: PreTrainedModel
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        sampling: Sampling,
+        engine: RolloutEngine,
+        seed: int,
+        optimizer: OptimizerCallable,
+        lr_schedule: LearningRateSchedule,
+        warmup_fraction: float,
+        micro_batch_size: int | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        super().__init__(optimizer, lr_schedule, warmup_fraction, micro_batch_size, max_grad_norm)
+        self.policy_source, self.sampling, self.engine, self.seed = policy, sampling, engine, seed
+        self.tokenizer = policy.load_tokenizer()
+
+    @property
+    def trained_model(self) -> PreTrainedModel:
+        """The policy."""
+        return self.policy
+
+    def configure_model(self) -> None:
+        """Load or build the policy, once."""
+        if "policy" not in self._modules:
+            self.policy = load_language_model(self.policy_source).train()
+            self.stop_token_ids = stop_token_ids(self.policy, self.tokenizer)
+
+    def respond(
+        self,
+        policy: PreTrainedModel,
+        batch: dict[str, Any],
+        sampling: Sampling,
+        *,
+        step: int = 0,
+        greedy: bool = True,
+        greedy_max_new_tokens: int | None = None,
+    ) -> tuple[Rollout, Rollout | None]:
+        """Sampled responses of a policy to a batch of prompts, and the greedy ones; see RolloutEngine.generate."""
+        return self.engine.generate(
+            policy,
+            batch,
+            sampling,
+            stop_token_ids=self.stop_token_ids,
+            greedy=greedy,
+            greedy_max_new_tokens=greedy_max_new_tokens,
+            seed=self.seed,
+            step=step,
+        )
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """The responses as text, without special tokens."""
+        rows = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """A row for each prompt: the data's columns, a sampled response and the greedy one."""
+        sampled, greedy = self.respond(self.policy, batch, replace(self.sampling, num_samples=1))
+        assert greedy is not None
+        responses = zip(self.texts(sampled), self.texts(greedy), strict=True)
+        return [
+            {**row, "response": response, "greedy_response": greedy_response}
+            for row, (response, greedy_response) in zip(rows_of(raw_columns(batch)), responses, strict=True)
+        ]
+
+
+def logits_of(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """Logits from which the response tokens were chosen, (B, T, V)."""
+    return response_logits(model, rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
+
+
+def raw_columns(batch: dict[str, Any]) -> dict[str, list[Any]]:
+    """The columns of a batch as they stand in the data: all that are not tensors."""
+    return {name: column for name, column in batch.items() if not isinstance(column, Tensor)}
+
+
+def rows_of(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Columns of equal length as rows."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

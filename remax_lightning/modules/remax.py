@@ -1,0 +1,130 @@
+"""ReMax (Li et al. 2024, arXiv 2310.10505): REINFORCE with the reward of the greedy response as the baseline.
+
+There is no value model, no ratio of probabilities, no clipping of one and no whitening of advantages.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+
+from remax_lightning.functional.advantages import KLForm, remax_advantages
+from remax_lightning.models.source import ModelSource
+from remax_lightning.modules.base import LearningRateSchedule, adamw
+from remax_lightning.modules.policy_gradient import PolicyGradientModule
+from remax_lightning.rewards import Reward
+from remax_lightning.rollout import Rollout, RolloutEngine, Sampling, TransformersEngine
+
+
+class ReMax(PolicyGradientModule):
+    """ReMax: for each prompt a sampled response y and the greedy one g; the gradient of log p(y) times r(y) - r(g).
+
+    Args:
+        policy: The model to train, usually the ``hf`` folder of an SFT run.
+        reward: What a response is worth.
+        sampling: How responses are drawn. The samples of one prompt (``num_samples``) share its greedy baseline.
+        reference: The policy that the KL penalty holds on to; the default is the policy as it starts.
+        judge: A second reward that training never sees; validation and test report it.
+        kl_coef: Weight of the KL penalty, reward per nat; at 0 no reference is loaded.
+        kl_form: ``full_step``: a token answers for the KL from itself to the end, the gradient of reward minus
+            kl_coef times KL. ``one_step``: for its own alone, as in the official code.
+        gamma: The k-th token from the end gets the advantage times gamma to the k, counted from 1.
+        reward_clip: Bound of |r(y) - r(g)|; the default is none. The official recipes have 5, and 1 for Mistral.
+        missing_stop_penalty: Taken from the reward of a response that did not end within its longest length, sampled
+            or greedy.
+        greedy_max_new_tokens: Longest greedy response. The paper's fast variant has half of ``max_new_tokens``: the
+            baseline stays valid, since it still does not depend on the sample.
+        engine: What draws the responses.
+        seed: Key of all sampled responses: they are a function of the weights, this seed, the step and the prompt.
+        optimizer: Optimizer of the policy; weight decay is left off norms and biases.
+        lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
+        warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
+        micro_batch_size: Responses for each forward and backward pass; the update does not depend on it, the memory
+            does. The default is all.
+        max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        reward: Reward,
+        sampling: Sampling,
+        reference: ModelSource | None = None,
+        judge: Reward | None = None,
+        kl_coef: float = 0.05,
+        kl_form: KLForm = "full_step",
+        gamma: float = 1.0,
+        reward_clip: float | None = None,
+        missing_stop_penalty: float = 0.0,
+        greedy_max_new_tokens: int | None = None,
+        engine: RolloutEngine = TransformersEngine(),
+        seed: int = 0,
+        optimizer: OptimizerCallable = adamw(lr=1e-6, weight_decay=0.1),
+        lr_schedule: LearningRateSchedule = "cosine",
+        warmup_fraction: float = 0.0,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        super().__init__(
+            policy,
+            reward,
+            sampling,
+            reference,
+            judge,
+            kl_coef,
+            missing_stop_penalty,
+            engine,
+            seed,
+            optimizer,
+            lr_schedule,
+            warmup_fraction,
+            micro_batch_size,
+            max_grad_norm,
+        )
+        self.kl_form, self.gamma, self.reward_clip = kl_form, gamma, reward_clip
+        self.greedy_max_new_tokens = greedy_max_new_tokens
+
+    def collect(self, batch: dict[str, Any]) -> Rollout:
+        """Sample y, decode g, score both."""
+        sampled, greedy = self.generate(batch, greedy=True, greedy_max_new_tokens=self.greedy_max_new_tokens)
+        assert greedy is not None
+        rewards, baselines = self.score(batch, sampled), self.score(batch, greedy)
+        num_samples = self.sampling.num_samples
+        self.train_means.add("identical_pairs", identical_rows(sampled, greedy, num_samples))
+        with self.phase("reference"):
+            ref_log_probs = self.reference_log_probs(sampled)
+        return replace(
+            sampled,
+            rewards=rewards,
+            baselines=baselines.repeat_interleave(num_samples),
+            ref_log_probs=ref_log_probs,
+        )
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """r(y) - r(g), and the KL penalty, at every token of y."""
+        return remax_advantages(
+            rollout.rewards,
+            rollout.baselines,
+            rollout.response_mask,
+            log_probs=rollout.log_probs,
+            ref_log_probs=rollout.ref_log_probs,
+            kl_coef=self.kl_coef,
+            kl_form=self.kl_form,
+            gamma=self.gamma,
+            reward_clip=self.reward_clip,
+        )
+
+
+def identical_rows(sampled: Rollout, greedy: Rollout, num_samples: int) -> Tensor:
+    """True where a sampled response is the greedy one, token for token: it teaches nothing, (B * num_samples,)."""
+    width = max(sampled.response_ids.shape[1], greedy.response_ids.shape[1])
+    tokens = [
+        F.pad(rollout.response_ids.masked_fill(~rollout.response_mask, -1), (0, width - rollout.response_ids.shape[1]), value=-1)
+        for rollout in (sampled, greedy)
+    ]
+    return (tokens[0] == tokens[1].repeat_interleave(num_samples, dim=0)).all(dim=1)

@@ -1,0 +1,105 @@
+"""A reward model: a language model with a scalar head that learns which of two responses is preferred."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from remax_lightning.functional.losses import bradley_terry_loss
+from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
+from remax_lightning.models.source import ModelSource
+from remax_lightning.modules.base import LearningRateSchedule, TrainableModule, adamw
+
+
+class RewardModel(TrainableModule):
+    """A reward model trained on pairs of responses by the Bradley-Terry loss, the mean over all pairs.
+
+    The score is read at the last token of the conversation. What ``fit`` exports is a Hugging Face
+    sequence-classification folder with one label, as ModelReward reads it.
+
+    Args:
+        model: A causal language model to put a new scalar head on, a reward model to train further, or a configuration.
+        optimizer: Optimizer of the model; weight decay is left off norms and biases.
+        lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
+        warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
+        micro_batch_size: Pairs for each forward and backward pass; the update does not depend on it, the memory does.
+            The default is all.
+        max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: ModelSource,
+        optimizer: OptimizerCallable = adamw(lr=1e-5, weight_decay=0.1),
+        lr_schedule: LearningRateSchedule = "cosine",
+        warmup_fraction: float = 0.0,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        super().__init__(optimizer, lr_schedule, warmup_fraction, micro_batch_size, max_grad_norm)
+        self.model_source = model
+        self.tokenizer = model.load_tokenizer()
+
+    @property
+    def trained_model(self) -> PreTrainedModel:
+        """The reward model."""
+        return self.model
+
+    def configure_model(self) -> None:
+        """Load or build the reward model, once."""
+        if "model" not in self._modules:
+            self.model = load_reward_model(self.model_source, trained=False).train()
+
+    def scores(self, batch: dict[str, Tensor], pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen and of the rejected responses of some pairs, (N,) each."""
+        num_pairs = len(batch["input_ids"]) // 2
+        rows = torch.cat([pairs, pairs + num_pairs])
+        chosen, rejected = sequence_scores(self.model, batch["input_ids"][rows], batch["attention_mask"][rows]).chunk(2)
+        return chosen, rejected
+
+    def all_scores(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Scores of all pairs of a batch."""
+        return self.scores(batch, torch.arange(len(batch["input_ids"]) // 2, device=self.device))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One optimizer step."""
+        num_rows = len(batch["input_ids"]) // 2
+        num_pairs = self.terms_per_process(torch.tensor(num_rows, device=self.device))
+
+        def loss(pairs: Tensor) -> Tensor:
+            chosen, rejected = self.scores(batch, pairs)
+            value = bradley_terry_loss(chosen, rejected)
+            self.train_means.add("loss", value.expand(len(pairs)))
+            self.train_means.add("accuracy", accuracy(chosen, rejected))
+            return value * len(pairs) / num_pairs
+
+        with self.phase("update"):
+            self.update(num_rows, loss)
+        self.log_training(progress=("loss", "accuracy"))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """How often held-out preferences are ranked right, and by how much."""
+        chosen, rejected = self.all_scores(batch)
+        self.eval_means.add("loss", bradley_terry_loss(chosen, rejected).expand(len(chosen)))
+        self.eval_means.add("accuracy", accuracy(chosen, rejected))
+        self.eval_means.add("margin", chosen - rejected)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """A row for each pair with its two scores."""
+        chosen, rejected = self.all_scores(batch)
+        pairs = zip(chosen.tolist(), rejected.tolist(), strict=True)
+        return [{"chosen_score": score, "rejected_score": other} for score, other in pairs]
+
+
+def accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 where the chosen response scores higher, one half for a tie, (B,)."""
+    return (chosen > rejected).float() + 0.5 * (chosen == rejected).float()

@@ -1,0 +1,183 @@
+"""A policy with a reward and a reference: what it takes to evaluate it, and what training is built on."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from remax_lightning.functional.log_probs import kl_k1, token_log_probs
+from remax_lightning.models.language_model import freeze, frozen_copy, load_language_model
+from remax_lightning.models.source import ModelSource
+from remax_lightning.modules.base import LearningRateSchedule
+from remax_lightning.modules.policy import PolicyModule, logits_of, raw_columns, rows_of
+from remax_lightning.rewards import Reward
+from remax_lightning.rollout import Rollout, RolloutEngine, Sampling
+
+
+class ScoredPolicyModule(PolicyModule):
+    """A policy whose responses are scored, and compared with those of a reference policy.
+
+    The arguments are described where the user meets them, in the methods such as ReMax.
+    """
+
+    reference: PreTrainedModel | None
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        reward: Reward,
+        sampling: Sampling,
+        reference: ModelSource | None,
+        judge: Reward | None,
+        kl_coef: float,
+        engine: RolloutEngine,
+        seed: int,
+        optimizer: OptimizerCallable,
+        lr_schedule: LearningRateSchedule,
+        warmup_fraction: float,
+        micro_batch_size: int | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        super().__init__(
+            policy,
+            sampling,
+            engine,
+            seed,
+            optimizer,
+            lr_schedule,
+            warmup_fraction,
+            micro_batch_size,
+            max_grad_norm,
+        )
+        if kl_coef < 0:
+            raise ValueError(f"kl_coef must be 0 (no reference) or positive, got {kl_coef}")
+        if reference is not None and kl_coef == 0:
+            raise ValueError("a reference was given but kl_coef is 0, which uses none; drop it or set kl_coef")
+        if sampling.top_p < 1 or sampling.top_k > 0:
+            rank_zero_warn(
+                f"top_p={sampling.top_p}, top_k={sampling.top_k}: responses are not drawn from the distribution that is "
+                "differentiated, so the gradient is biased; top_p=1 and top_k=0 make it unbiased"
+            )
+        self.reward, self.judge, self.kl_coef, self.reference_source = reward, judge, kl_coef, reference
+        # frozen models stand outside the module tree: no optimizer, checkpoint or strategy has to know them
+        self.__dict__["reference"] = None
+        self._frozen_on: torch.device | None = None
+        self._reference_rows: dict[int, dict[str, Any]] = {}
+
+    def configure_model(self) -> None:
+        """Load or build the policy and, for a KL penalty, the reference, once."""
+        super().configure_model()
+        if self.kl_coef == 0 or self.reference is not None:
+            return
+        if self.reference_source is None:
+            self.__dict__["reference"] = frozen_copy(self.policy)
+        else:
+            self.__dict__["reference"] = freeze(load_language_model(self.reference_source))
+
+    def on_fit_start(self) -> None:
+        """Load the rewards, on the device of the policy."""
+        self._place_frozen()
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+    def _place_frozen(self) -> None:
+        if self._frozen_on == self.device:
+            return
+        for reward in (self.reward, self.judge):
+            if reward is not None:
+                reward.setup(self.device)
+        if self.reference is not None:
+            self.reference.to(self.device)
+        self._frozen_on = self.device
+
+    def rewards_of(self, reward: Reward, batch: dict[str, Any], responses: list[str]) -> Tensor:
+        """A reward's scores of the responses to a batch of prompts, the responses of a prompt adjacent."""
+        repeats = len(responses) // len(batch["prompt_ids"])
+        columns = {
+            name: [value for value in column for _ in range(repeats)] for name, column in raw_columns(batch).items()
+        }
+        return reward(columns.pop("prompt"), responses, **columns).to(self.device)
+
+    @torch.no_grad()
+    def reference_log_probs(self, rollout: Rollout) -> Tensor | None:
+        """Log-probs of the response tokens under the reference, nats, (B, T); None without one."""
+        if self.reference is None:
+            return None
+        log_probs = torch.zeros(rollout.response_ids.shape, device=self.device)
+        for rows in self.micro_batches(len(log_probs)):
+            part = rollout.rows(rows)
+            logits = logits_of(self.reference, part)
+            values = token_log_probs(logits, part.response_ids, temperature=self.sampling.temperature)
+            log_probs[rows, : values.shape[1]] = values
+        return log_probs
+
+    def scored_rows(self, policy: PreTrainedModel, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """A row for each prompt: a sampled response of a policy, its rewards, its length and its KL to the reference."""
+        sampled, greedy = self.respond(policy, batch, replace(self.sampling, num_samples=1))
+        assert greedy is not None
+        responses = self.texts(sampled)
+        columns: dict[str, Any] = {
+            "response": responses,
+            "reward": self.rewards_of(self.reward, batch, responses).tolist(),
+            "baseline_reward": self.rewards_of(self.reward, batch, self.texts(greedy)).tolist(),
+            "response_length": sampled.lengths.tolist(),
+            "truncated": sampled.truncated.tolist(),
+        }
+        if self.judge is not None:
+            columns["judge_reward"] = self.rewards_of(self.judge, batch, responses).tolist()
+        ref_log_probs = self.reference_log_probs(sampled)
+        if ref_log_probs is not None:
+            columns["kl"] = response_kl(replace(sampled, ref_log_probs=ref_log_probs)).tolist()
+        return rows_of(columns)
+
+    def evaluated_rows(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The policy's scored rows, with the reference's beside them and who wins; their means are noted.
+
+        The same prompt gets the same random numbers at every evaluation, so two of them differ by the weights alone,
+        and the reference's rows are computed once.
+        """
+        rows = self.scored_rows(self.policy, batch)
+        if self.reference is not None:
+            score = "reward" if self.judge is None else "judge_reward"
+            for row, other in zip(rows, self._rows_of_reference(batch), strict=True):
+                row["win_rate"] = _win(row[score], other[score])
+                row.update({f"reference_{name}": value for name, value in other.items() if name != "kl"})
+        for name in rows[0]:
+            if not name.startswith("reference_") and name != "response":
+                values = torch.tensor([float(row[name]) for row in rows], device=self.device)
+                self.eval_means.add(name, values, values.isfinite())
+        return [{**raw, **row} for raw, row in zip(rows_of(raw_columns(batch)), rows, strict=True)]
+
+    def _rows_of_reference(self, batch: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        assert self.reference is not None
+        index = batch["prompt_index"].tolist()
+        if not all(prompt in self._reference_rows for prompt in index):
+            self._reference_rows.update(zip(index, self.scored_rows(self.reference, batch), strict=True))
+        return [self._reference_rows[prompt] for prompt in index]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score responses to held-out prompts."""
+        self.evaluated_rows(batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Score responses to held-out prompts; the rows are written down by the ResponseWriter callback."""
+        return {"rows": self.evaluated_rows(batch)}
+
+
+def response_kl(rollout: Rollout) -> Tensor:
+    """Estimate of KL(policy || reference) by each response, nats, (B,): the sum of k1 over its tokens."""
+    assert rollout.log_probs is not None
+    assert rollout.ref_log_probs is not None
+    return kl_k1(rollout.log_probs, rollout.ref_log_probs).masked_fill(~rollout.response_mask, 0.0).sum(dim=1)
+
+
+def _win(score: float, other: float) -> float:
+    """1 for a win, one half for a tie, not-a-number where either has no score."""
+    if score != score or other != other:
+        return float("nan")
+    return float(score > other) + 0.5 * float(score == other)

@@ -1,0 +1,83 @@
+"""Supervised fine-tuning: the policy learns to write the demonstrated responses."""
+
+from typing import Any
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from remax_lightning.functional.log_probs import token_log_probs
+from remax_lightning.functional.losses import next_token_loss
+from remax_lightning.models.source import ModelSource
+from remax_lightning.modules.base import LearningRateSchedule, adamw
+from remax_lightning.modules.policy import PolicyModule
+from remax_lightning.rollout import RolloutEngine, Sampling, TransformersEngine
+
+
+class SFT(PolicyModule):
+    """Supervised fine-tuning on demonstrations; the loss is the mean over all response tokens of the global batch.
+
+    Args:
+        policy: The model to train.
+        sampling: How ``predict`` draws responses.
+        engine: What draws them.
+        seed: Key of the sampled responses.
+        optimizer: Optimizer of the policy; weight decay is left off norms and biases.
+        lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
+        warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
+        micro_batch_size: Rows for each forward and backward pass; the update does not depend on it, the memory does.
+            The default is all.
+        max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSource,
+        sampling: Sampling = Sampling(max_new_tokens=256),
+        engine: RolloutEngine = TransformersEngine(),
+        seed: int = 0,
+        optimizer: OptimizerCallable = adamw(lr=1e-5, weight_decay=0.0),
+        lr_schedule: LearningRateSchedule = "cosine",
+        warmup_fraction: float = 0.0,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        super().__init__(
+            policy,
+            sampling,
+            engine,
+            seed,
+            optimizer,
+            lr_schedule,
+            warmup_fraction,
+            micro_batch_size,
+            max_grad_norm,
+        )
+
+    def log_probs(self, batch: dict[str, Tensor]) -> Tensor:
+        """Log-prob of each token but the first, given those before it, nats, (B, L - 1)."""
+        ids = batch["input_ids"]
+        logits = self.policy(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits
+        return token_log_probs(logits[:, :-1], ids[:, 1:])
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One optimizer step."""
+        num_tokens = self.terms_per_process(batch["loss_mask"][:, 1:].sum())
+
+        def loss(rows: Tensor) -> Tensor:
+            part = {name: column[rows] for name, column in batch.items()}
+            log_probs, mask = self.log_probs(part), part["loss_mask"][:, 1:]
+            self.train_means.add("loss", -log_probs, mask)
+            return next_token_loss(log_probs, mask, num_tokens=num_tokens)
+
+        with self.phase("update"):
+            self.update(len(batch["input_ids"]), loss)
+        self.log_training(progress=("loss",))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Negative log-likelihood of held-out demonstrations, nats per token."""
+        self.eval_means.add("loss", -self.log_probs(batch), batch["loss_mask"][:, 1:])
+
+    test_step = validation_step

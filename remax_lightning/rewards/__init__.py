@@ -1,0 +1,7 @@
+"""What a response is worth."""
+
+from remax_lightning.rewards.base import Reward
+from remax_lightning.rewards.function import FunctionReward
+from remax_lightning.rewards.model import ModelReward
+
+__all__ = ["FunctionReward", "ModelReward", "Reward"]

@@ -1,0 +1,90 @@
+"""A key-value cache that is allocated once and hands out views of its filled part."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _PreallocatedLayer(CacheLayerMixin):
+    """Keys and values of one layer, (rows, heads, max_length, head size)."""
+
+    is_sliding = False
+
+    def __init__(self, num_rows: int, max_length: int) -> None:
+        super().__init__()
+        self.num_rows, self.max_length = num_rows, max_length
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        for name, states in (("keys", key_states), ("values", value_states)):
+            _, heads, _, size = states.shape
+            setattr(self, name, states.new_empty(self.num_rows, heads, self.max_length, size))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, start, end = key_states.shape[0], self.length, self.length + key_states.shape[2]
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:rows, :, start:end] = key_states
+        self.values[:rows, :, start:end] = value_states
+        self.length = end
+        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+
+class PreallocatedCache(Cache):
+    """Key-value cache for rows that start from shared prompts and leave one by one.
+
+    Args:
+        num_layers: Layers of the model.
+        num_rows: The most rows that will be decoded together.
+        max_length: Longest sequence, prompt and response, in tokens.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, max_length: int) -> None:
+        super().__init__(layers=[_PreallocatedLayer(num_rows, max_length) for _ in range(num_layers)])
+
+    def copy_rows(self, source: Tensor, target: Tensor) -> None:
+        """Overwrite the target rows with the source rows, up to the filled length."""
+        if source.numel() == 0:
+            return
+        for layer in self.layers:
+            if not layer.is_initialized:  # a layer that shares another's keys and values
+                continue
+            for states in (layer.keys, layer.values):
+                filled = states[:, :, : layer.get_seq_length()]
+                filled.index_copy_(0, target, filled.index_select(0, source))
+
+
+def compaction(kept: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves that close the gaps after rows have finished: sampled rows first, greedy rows behind them.
+
+    A row that already stands in its part stays, so at most two rows move for each row that left.
+
+    Args:
+        kept: True at slots whose row goes on, (N,).
+        greedy: True at slots whose row is greedy, (N,).
+
+    Returns:
+        Slots to copy from and slots to copy to, of equal length.
+    """
+    slot = torch.arange(len(kept), device=kept.device)
+    num_sampled, num_kept = (kept & ~greedy).sum(), kept.sum()
+    source, target = [], []
+    for member, part in (
+        (kept & ~greedy, slot < num_sampled),
+        (kept & greedy, (slot >= num_sampled) & (slot < num_kept)),
+    ):
+        source.append((member & ~part).nonzero()[:, 0])
+        target.append((part & ~member).nonzero()[:, 0])
+    return torch.cat(source), torch.cat(target)

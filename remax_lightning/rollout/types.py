@@ -1,0 +1,88 @@
+"""What a rollout needs and what it gives."""
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    Args:
+        max_new_tokens: Longest response, in tokens, the stop token included.
+        temperature: Divisor of the logits, in sampling and in every log-prob alike.
+        top_p: Draw from the most probable tokens that together reach this probability; 1 draws from all. Below 1 the
+            responses no longer come from the distribution whose gradient is taken, so the gradient is biased.
+        top_k: Draw from this many most probable tokens; 0 draws from all. Above 0 the gradient is biased likewise.
+        num_samples: Responses drawn for each prompt.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}; the greedy response is always there")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses of a policy to a batch of prompts, and what is known of them.
+
+    Args:
+        prompt_ids: Left-padded prompts, (B, P).
+        prompt_mask: True at prompt tokens, (B, P).
+        response_ids: Right-padded responses, (B, T).
+        response_mask: True where the policy chose the token, the stop token included, nothing after it, (B, T).
+        truncated: True where the response reached its longest length without a stop token, (B,).
+        log_probs: The sampler's log-probs of the response tokens, nats, (B, T).
+        ref_log_probs: The reference policy's, nats, (B, T); None without a reference.
+        rewards: Reward of each response, (B,).
+        baselines: Baseline of each response, (B,).
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    truncated: Tensor
+    log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    rewards: Tensor | None = None
+    baselines: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """Length of each response in tokens, (B,)."""
+        return self.response_mask.sum(dim=1)
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """The rows of an index, without the columns that are padding in all of them."""
+        prompt_length = max(int(self.prompt_mask[index].sum(dim=1).max()), 1)
+        response_length = max(int(self.lengths[index].max()), 1)
+        values = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                value = value[index]
+                if field.name.startswith("prompt_"):
+                    value = value[:, -prompt_length:]
+                elif value.dim() == 2:
+                    value = value[:, :response_length]
+            values[field.name] = value
+        return Rollout(**values)

@@ -1,0 +1,133 @@
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from remax_lightning.evaluation.report import report
+
+SUMMARY_KEYS = {"sft_gold_reward", "remax_gold_reward", "win_rate", "kl", "reward_model_accuracy", "seconds"}
+
+
+def make_row(index: int) -> dict[str, Any]:
+    return {
+        "prompt": f"Tell me about [bold]number {index}[/bold].",
+        "response": "After.",
+        "reference_response": "Before.",
+        "reward": 10.0 + index,
+        "reference_reward": 20.0,
+        "judge_reward": 2.0 if index else -1.0,
+        "reference_judge_reward": 0.0,
+        "kl": float(index),
+        "response_length": 20,
+        "reference_response_length": 10,
+        "truncated": index == 0,
+    }
+
+
+def write_metrics(run_dir: Path, version: int, text: str) -> None:
+    folder = run_dir / "logs" / f"version_{version}"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text(text)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "responses.jsonl", [make_row(index) for index in range(4)])
+    curve = "".join(f"{step},{step / 50},{step / 40},{step / 100},\n" for step in range(1, 100))
+    write_metrics(
+        tmp_path / "remax",
+        10,
+        "step,train/reward,train/baseline_reward,train/kl,val/judge_reward\n" + curve + "0,,,,0.5\n99,,,,2.5\n",
+    )
+    write_metrics(tmp_path / "remax", 9, "step,nothing\n1,2\n")  # older than version_10, though its name sorts last
+    write_metrics(
+        tmp_path / "reward_model", 0, "step,train/loss,val/accuracy\n1,0.5,\n2,,0.75\n3,0.4,\n4,,0.875\n5,0.4,\n"
+    )
+    return tmp_path
+
+
+def run(folder: Path, **options: Any) -> dict[str, Any]:
+    report(str(folder / "responses.jsonl"), str(folder / "remax"), str(folder / "out"), **options)
+    return json.loads((folder / "out" / "summary.json").read_text())
+
+
+def test_summary_holds_the_means(folder: Path) -> None:
+    summary = run(folder, reward_model_dir=str(folder / "reward_model"), started_at=time.time() - 100)
+    assert set(summary) == SUMMARY_KEYS | {"win_rate_low", "win_rate_high"}
+    assert summary["sft_gold_reward"] == 0.0
+    assert summary["remax_gold_reward"] == pytest.approx((2.0 * 3 - 1.0) / 4)
+    assert summary["win_rate"] == 0.75
+    assert summary["win_rate_low"] < 0.75 < summary["win_rate_high"]
+    assert summary["kl"] == 1.5
+    assert summary["reward_model_accuracy"] == 0.875
+    assert 100 <= summary["seconds"] < 160
+
+
+def test_unknown_numbers_are_null(folder: Path) -> None:
+    rows = [{key: value for key, value in make_row(index).items() if key != "kl"} for index in range(4)]
+    write_rows(folder / "responses.jsonl", rows)
+    summary = run(folder)
+    assert summary["kl"] is summary["reward_model_accuracy"] is summary["seconds"] is None
+
+
+def test_without_a_judge_the_learned_reward_decides(folder: Path) -> None:
+    rows = [{key: value for key, value in make_row(index).items() if "judge" not in key} for index in range(4)]
+    write_rows(folder / "responses.jsonl", rows)
+    summary = run(folder)
+    assert summary["sft_gold_reward"] == 20.0
+    assert summary["remax_gold_reward"] == 11.5
+    assert summary["win_rate"] == 0.0
+
+
+def test_table_and_samples_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(folder, num_samples=2)
+    printed = capsys.readouterr().out
+    assert "Gold reward" in printed
+    assert "75.0%" in printed
+    assert printed.count("Tell me about") == 2
+    assert "[bold]number 1[/bold]" in printed
+    run(folder, num_samples=0)
+    assert "Tell me about" not in capsys.readouterr().out
+
+
+def test_plot_is_an_image_with_ink(folder: Path) -> None:
+    run(folder)
+    with Image.open(folder / "out" / "reward.png") as image:
+        image.verify()
+    with Image.open(folder / "out" / "reward.png") as image:
+        assert min(image.size) >= 600
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
+
+
+@pytest.mark.parametrize("missing", ["responses.jsonl", "remax", "reward_model"])
+def test_missing_files_are_named(folder: Path, missing: str) -> None:
+    (folder / missing).rename(folder / "moved")
+    with pytest.raises(FileNotFoundError, match=missing):
+        run(folder, reward_model_dir=str(folder / "reward_model"))
+    assert not (folder / "out").exists()
+
+
+def test_broken_responses_are_located(folder: Path) -> None:
+    path = folder / "responses.jsonl"
+    write_rows(path, [make_row(0), {"prompt": "Who?"}])
+    with pytest.raises(ValueError, match=r"Line 2 of .*responses.jsonl.*reference_response"):
+        run(folder)
+    path.write_text("not json\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .*responses.jsonl must be a JSON object"):
+        run(folder)
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"responses.jsonl must hold at least one response"):
+        run(folder)
+
+
+def test_a_run_without_rewards_is_refused(folder: Path) -> None:
+    write_metrics(folder / "remax", 11, "step,train/loss\n1,2\n")
+    with pytest.raises(ValueError, match=r"version_11.*train/reward"):
+        run(folder)

@@ -1,0 +1,218 @@
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from remax_lightning.functional.log_probs import token_log_probs
+from remax_lightning.functional.sequence import left_pad
+from remax_lightning.models.language_model import response_logits
+from remax_lightning.rollout import Rollout, Sampling, TransformersEngine
+
+ARCHITECTURES = ["llama", "qwen2", "gpt2", "opt", "gemma", "mistral", "gemma2"]
+STOPS = [1, 5, 9]
+
+
+def prompts(lengths: list[int], pad_token_id: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(2, tiny.VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    ids, mask = left_pad(rows, pad_token_id)
+    return {"prompt_ids": ids, "prompt_mask": mask, "prompt_index": torch.arange(len(lengths)) + 100}
+
+
+def select(batch: dict[str, Tensor], index: list[int]) -> dict[str, Tensor]:
+    return {name: column[index] for name, column in batch.items()}
+
+
+def texts(rollout: Rollout) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+
+
+def generate(
+    model: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int = 24, **options: object
+) -> tuple[list[list[int]], list[list[int]]]:
+    values = {"max_new_tokens": max_new_tokens, **{k: options.pop(k) for k in ("num_samples",) if k in options}}
+    sampled, greedy = TransformersEngine().generate(model, batch, Sampling(**values), **{"stop_token_ids": STOPS, **options})
+    return texts(sampled), texts(greedy) if greedy is not None else []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [3, 11, 6, 1]])
+def test_greedy_rows_are_those_of_transformers(architecture: str, lengths: list[int]) -> None:
+    model, batch = tiny.language_model(architecture), prompts(lengths)
+    _, greedy = generate(model, batch)
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=STOPS, pad_token_id=0)
+    for row, response in enumerate(greedy):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row]][None]
+        expected = model.generate(prompt, generation_config=config, attention_mask=torch.ones_like(prompt))
+        assert response == expected[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padded_greedy_rows_are_those_of_padded_transformers(architecture: str) -> None:
+    model, batch = tiny.language_model(architecture), prompts([3, 11, 6, 1])
+    _, greedy = generate(model, batch)
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=STOPS, pad_token_id=0)
+    expected = model.generate(
+        batch["prompt_ids"], attention_mask=batch["prompt_mask"].long(), generation_config=config
+    )[:, 11:]
+    for row, response in enumerate(greedy):
+        assert response == expected[row, : len(response)].tolist()
+
+
+def test_pad_equal_to_a_stop_token_changes_nothing() -> None:
+    model = tiny.language_model()
+    assert generate(model, prompts([3, 9, 5])) == generate(model, prompts([3, 9, 5], pad_token_id=1))
+
+
+def test_stop_tokens_end_a_response_and_belong_to_it() -> None:
+    model, batch = tiny.language_model(), prompts([4] * 16)
+    sampled, greedy = TransformersEngine().generate(model, batch, Sampling(24), stop_token_ids=STOPS)
+    assert greedy is not None
+    for rollout in (sampled, greedy):
+        for response, truncated in zip(texts(rollout), rollout.truncated.tolist(), strict=True):
+            stops = [token for token in response if token in STOPS]
+            assert len(stops) == (0 if truncated else 1)
+            assert truncated or response[-1] in STOPS
+            assert not truncated or len(response) == 24
+    assert 0 < int(sampled.truncated.sum()) < 16
+
+
+def test_responses_do_not_depend_on_batch_split_or_order() -> None:
+    model, batch = tiny.language_model(scale=3.0), prompts([3, 11, 6, 1, 8, 8])
+    sampled, greedy = generate(model, batch, num_samples=2, seed=3, step=7)
+    order = [4, 2, 5, 0, 3, 1]
+    shuffled, shuffled_greedy = generate(model, select(batch, order), num_samples=2, seed=3, step=7)
+    assert [shuffled[2 * order.index(i) + s] for i in range(6) for s in range(2)] == sampled
+    assert [shuffled_greedy[order.index(i)] for i in range(6)] == greedy
+    alone = [generate(model, select(batch, [i]), num_samples=2, seed=3, step=7) for i in range(6)]
+    assert [row for rows, _ in alone for row in rows] == sampled
+    assert [row for _, rows in alone for row in rows] == greedy
+
+
+def test_responses_depend_on_seed_step_sample_and_prompt_index() -> None:
+    model, batch = tiny.language_model(scale=3.0), prompts([6])
+    first, _ = generate(model, batch, num_samples=2, seed=1, step=1)
+    assert first[0] != first[1]
+    assert first != generate(model, batch, num_samples=2, seed=2, step=1)[0]
+    assert first != generate(model, batch, num_samples=2, seed=1, step=2)[0]
+    assert first != generate(model, {**batch, "prompt_index": batch["prompt_index"] + 1}, num_samples=2, seed=1, step=1)[0]
+
+
+def test_sampled_rows_do_not_depend_on_the_greedy_ones() -> None:
+    model, batch = tiny.language_model(scale=3.0), prompts([3, 11, 6])
+    assert generate(model, batch)[0] == generate(model, batch, greedy=False)[0]
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    model, batch = tiny.language_model(), prompts([3, 5])
+    state = torch.get_rng_state()
+    generate(model, batch)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_samplers_log_probs_are_those_of_the_training_forward(architecture: str, temperature: float) -> None:
+    model, batch = tiny.language_model(architecture, scale=3.0), prompts([3, 11, 6, 1])
+    sampling = Sampling(16, temperature=temperature, num_samples=2)
+    rollout, _ = TransformersEngine().generate(model, batch, sampling, stop_token_ids=STOPS)
+    logits = response_logits(
+        model, rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask
+    )
+    log_probs = token_log_probs(logits, rollout.response_ids, temperature=temperature)
+    assert rollout.log_probs is not None
+    torch.testing.assert_close(
+        rollout.log_probs[rollout.response_mask], log_probs[rollout.response_mask], atol=2e-5, rtol=0
+    )
+
+
+def test_samples_follow_the_policy() -> None:
+    model, batch = tiny.language_model(scale=3.0), prompts([5])
+    count = 20_000
+    rollout, _ = TransformersEngine().generate(
+        model, batch, Sampling(1, num_samples=count), stop_token_ids=STOPS, greedy=False
+    )
+    observed = torch.bincount(rollout.response_ids[:, 0], minlength=tiny.VOCABULARY) / count
+    expected = model(batch["prompt_ids"]).logits[0, -1].softmax(-1)
+    assert (observed - expected).abs().max() < 4 * 0.5 / count**0.5
+
+
+@pytest.mark.parametrize(("option", "value"), [("top_k", 3), ("top_p", 0.5)])
+def test_top_k_and_top_p_keep_the_most_probable_tokens(option: str, value: float) -> None:
+    model, batch = tiny.language_model(scale=2.0), prompts([5])
+    sampling = Sampling(1, num_samples=4000, **{option: value})
+    rollout, _ = TransformersEngine().generate(model, batch, sampling, stop_token_ids=STOPS)
+    probabilities, tokens = model(batch["prompt_ids"]).logits[0, -1].softmax(-1).sort(descending=True)
+    size = int(value) if option == "top_k" else int((probabilities.cumsum(0) < value).sum()) + 1
+    assert set(rollout.response_ids[:, 0].tolist()) == set(tokens[:size].tolist())
+    frequency = (rollout.response_ids[:, 0] == tokens[0]).float().mean()
+    assert abs(frequency - probabilities[0] / probabilities[:size].sum()) < 0.04
+
+
+def test_the_greedy_response_has_its_own_longest_length() -> None:
+    model, batch = tiny.language_model(), prompts([4] * 8)
+    full, full_greedy = generate(model, batch)
+    sampled, greedy = generate(model, batch, greedy_max_new_tokens=5)
+    assert sampled == full
+    assert greedy == [response[:5] for response in full_greedy]
+    sampled, greedy = generate(model, batch, max_new_tokens=5, greedy_max_new_tokens=24)
+    assert greedy == full_greedy
+    assert sampled == [response[:5] for response in full]
+
+
+def test_modes_are_restored() -> None:
+    model, batch = tiny.language_model(), prompts([4])
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    generate(model, batch)
+    assert [module.training for module in model.modules()] == before
+    model.lm_head.forward = None  # the decoding raises
+    with pytest.raises(TypeError):
+        generate(model, batch)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_dropout_is_off_in_a_rollout() -> None:
+    model, batch = tiny.language_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5), prompts([4, 6])
+    expected = generate(model, batch)
+    model.train()
+    assert generate(model, batch) == expected
+
+
+def test_refusals() -> None:
+    model = tiny.language_model("gpt2")
+    empty = prompts([4, 3])
+    empty["prompt_mask"][1] = False
+    with pytest.raises(ValueError, match="empty prompt"):
+        generate(model, empty)
+    with pytest.raises(ValueError, match=r"context of 128 tokens, got a prompt of 110 and max_new_tokens=24"):
+        generate(model, prompts([110]))
+    right = prompts([4, 3])
+    with pytest.raises(ValueError, match="padded on the left"):
+        generate(model, {**right, "prompt_mask": right["prompt_mask"].flip(1)})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 4, "temperature": 0.0}, "temperature must be positive"),
+        ({"max_new_tokens": 4, "top_p": 0.0}, "top_p must be in"),
+        ({"max_new_tokens": 4, "top_k": -1}, "top_k must be 0"),
+        ({"max_new_tokens": 4, "num_samples": 0}, "num_samples must be at least 1, got 0"),
+    ],
+)
+def test_sampling_refuses_values_out_of_range(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**values)
+
+
+def test_rows_leave_out_common_padding() -> None:
+    model, batch = tiny.language_model(), prompts([3, 11, 6])
+    rollout, _ = TransformersEngine().generate(model, batch, Sampling(24), stop_token_ids=STOPS)
+    part = rollout.rows(torch.tensor([0, 2]))
+    assert part.prompt_ids.shape[1] == 6
+    assert part.response_ids.shape[1] == int(rollout.lengths[[0, 2]].max())
+    assert texts(part) == [texts(rollout)[0], texts(rollout)[2]]
