@@ -1,7 +1,10 @@
 """The command line: Lightning's sub-commands and the project's own; the only place that parses arguments."""
 
+import os
 import sys
-from collections.abc import Callable
+import traceback
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from remax_lightning.evaluation.report import report
 from remax_lightning.models.export import export
 from remax_lightning.modules.base import TrainableModule
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {"world": write_world, "report": report}
+FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}
 
 
 class ExportingTrainer(Trainer):
@@ -34,7 +37,7 @@ class ExportingTrainer(Trainer):
 
         Args:
             model: The module whose checkpoint it is.
-            ckpt_path: Checkpoint file, such as runs/remax/checkpoints/last.ckpt.
+            ckpt_path: Checkpoint file, or ``last`` for the newest of the run.
             output_dir: Folder to write.
             datamodule: Not used.
         """
@@ -51,6 +54,7 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks that every run has, configurable by their own keys."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
         parser.add_lightning_class_args(HFExport, "hf_export")
         parser.add_lightning_class_args(ResponseWriter, "response_writer")
 
@@ -58,6 +62,15 @@ class CLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's sub-commands, and export."""
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def instantiate_classes(self) -> None:
+        """Show what is wrong with an argument as one sentence; jsonargparse wraps it in many."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError) as error:
+            if (own := own_error(error)) is None:
+                raise
+            self._parser(self.subcommand).error(str(own))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to ``<default_root_dir>/logs`` (``validate``, ``test``, ... beside it) unless a logger is set."""
@@ -67,8 +80,42 @@ class CLI(LightningCLI):
             kwargs["logger"] = CSVLogger(root, name=name, flush_logs_every_n_steps=10)
         return super().instantiate_trainer(**kwargs)
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Read ``--ckpt_path last`` as the newest checkpoint in the run's folder.
+
+        Lightning only warns where there is none and goes on with the weights as they are; here only a fit starts anew.
+
+        Raises:
+            FileNotFoundError: If another sub-command than fit asks for the last checkpoint and there is none.
+        """
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") == "last":
+            folder = checkpoint_folder(self._get(self.config_init, "trainer.default_root_dir"))
+            path = Path(folder, "last.ckpt")
+            if not path.exists() and subcommand != "fit":
+                raise FileNotFoundError(f"--ckpt_path last: there is no {path}; run fit first, or name a checkpoint")
+            kwargs["ckpt_path"] = str(path) if path.exists() else None
+        return kwargs
+
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it: a checkpoint's hyper-parameters never override it."""
+
+
+def own_error(error: BaseException) -> BaseException | None:
+    """The innermost error of a chain that was raised by this package; None if there is none."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
+    for each in reversed(chain):
+        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(each.__traceback__)]
+        if raised_in and raised_in[-1].startswith("remax_lightning."):
+            return each
+    return None
+
+
+def checkpoint_folder(root: str | None) -> str:
+    """Where a run with this ``trainer.default_root_dir`` keeps its checkpoints."""
+    return os.path.join(os.path.abspath(root or "."), "checkpoints")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -77,9 +124,10 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: The command line; the default is the process's own.
     """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     given = sys.argv[1:] if args is None else args
     if given and given[0] in FUNCTIONS:
-        auto_cli(FUNCTIONS, args=given)
+        auto_cli(FUNCTIONS, args=given, as_positional=False)
         return
     CLI(
         TrainableModule,

@@ -1,16 +1,14 @@
 """Checkpoints in the run's own folder."""
 
-import os
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class Checkpoint(ModelCheckpoint):
-    """Saves the state of training to ``<trainer.default_root_dir>/checkpoints``, so that ``--ckpt_path last`` resumes.
+    """Saves the state of training, the newest as ``last.ckpt``.
 
     Args:
-        dirpath: Another folder.
+        dirpath: Folder; the command line gives ``<trainer.default_root_dir>/checkpoints``.
         every_n_train_steps: Steps between two saves; the default saves at the end of every epoch and of training.
         monitor: Metric by which the best checkpoints are kept, such as ``val/reward``.
         mode: Whether a larger (``max``) or a smaller (``min``) metric is better.
@@ -20,7 +18,7 @@ class Checkpoint(ModelCheckpoint):
 
     def __init__(
         self,
-        dirpath: str | None = None,
+        dirpath: str,
         every_n_train_steps: int | None = None,
         monitor: str | None = None,
         mode: str = "max",
@@ -39,12 +37,6 @@ class Checkpoint(ModelCheckpoint):
             save_weights_only=save_weights_only,
             enable_version_counter=False,
         )
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder, before Lightning would choose one for each version of the log."""
-        if self.dirpath is None:
-            self.dirpath = os.path.join(os.path.abspath(trainer.default_root_dir), "checkpoints")
-        super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, if it is not saved yet."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def load_language_model(source: ModelSource) -> PreTrainedModel:
         ValueError: If the tokenizer has tokens beyond the model's vocabulary.
     """
     config = source.load_config()
-    options = {"dtype": source.torch_dtype}
+    options: dict[str, object] = {"dtype": source.torch_dtype}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
     if source.path is not None:
@@ -30,17 +31,21 @@ def load_language_model(source: ModelSource) -> PreTrainedModel:
     return model
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of tokens that the model can embed; it may have more of them than its tokenizer."""
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer whose tokens the model cannot embed.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model has input embeddings.
     """
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > num_embeddings:
+    if len(tokenizer) > vocabulary_size(model):
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but the model {model.name_or_path or type(model).__name__} "
-            f"embeds only {num_embeddings}; use the tokenizer that the model was trained with"
+            f"embeds only {vocabulary_size(model)}; use the tokenizer that the model was trained with"
         )
 
 
@@ -51,7 +56,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, without gradients and in eval mode."""
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

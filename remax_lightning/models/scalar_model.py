@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from remax_lightning.models.language_model import check_vocabulary
+from remax_lightning.models.language_model import check_vocabulary, vocabulary_size
 from remax_lightning.models.source import ModelSource
 
 
@@ -55,7 +55,7 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
         Scores, (B,), float32.
     """
     mask = attention_mask.bool()
-    vocabulary = torch.zeros(model.get_input_embeddings().weight.shape[0], dtype=torch.bool, device=mask.device)
+    vocabulary = torch.zeros(vocabulary_size(model), dtype=torch.bool, device=mask.device)
     vocabulary[input_ids[mask]] = True
     filler = int(vocabulary.to(torch.uint8).argmin())
     config = model.config.get_text_config()

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from remax_lightning.modules.means import Means
@@ -117,7 +117,7 @@ class TrainableModule(LightningModule):
         self.train_means.add("learning_rate", torch.tensor(optimizer.param_groups[0]["lr"], device=self.device))
         if is_usable:
             optimizer.step()
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         optimizer.zero_grad()
         self._count_skipped(is_usable)
 
@@ -154,7 +154,7 @@ class TrainableModule(LightningModule):
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of the step, for ``time/*`` and for Lightning's profilers."""
         start = time.perf_counter()
-        with self.trainer.profiler.profile(name):
+        with self.trainer.profiler.profile(name):  # type: ignore[attr-defined]
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -187,8 +187,3 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if p.dim() > 1]},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-
-
-def adamw(lr: float, weight_decay: float) -> OptimizerCallable:
-    """AdamW with the betas of the ReMax recipes, (0.9, 0.95)."""
-    return lambda parameters: AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)

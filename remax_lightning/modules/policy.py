@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from remax_lightning.models.language_model import load_language_model, response_logits, stop_token_ids
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.base import LearningRateSchedule, TrainableModule
-from remax_lightning.rollout import Rollout, RolloutEngine, Sampling
+from remax_lightning.rollout import Rollout, RolloutEngine, Sampling, TransformersEngine
 
 
 class PolicyModule(TrainableModule):
@@ -34,7 +34,7 @@ class PolicyModule(TrainableModule):
         self,
         policy: ModelSource,
         sampling: Sampling,
-        engine: RolloutEngine,
+        engine: RolloutEngine | None,
         seed: int,
         optimizer: OptimizerCallable,
         lr_schedule: LearningRateSchedule,
@@ -43,7 +43,8 @@ class PolicyModule(TrainableModule):
         max_grad_norm: float | None,
     ) -> None:
         super().__init__(optimizer, lr_schedule, warmup_fraction, micro_batch_size, max_grad_norm)
-        self.policy_source, self.sampling, self.engine, self.seed = policy, sampling, engine, seed
+        self.policy_source, self.sampling, self.seed = policy, sampling, seed
+        self.engine = TransformersEngine() if engine is None else engine
         self.tokenizer = policy.load_tokenizer()
 
     @property

@@ -35,7 +35,7 @@ class PolicyGradientModule(ScoredPolicyModule):
         judge: Reward | None,
         kl_coef: float,
         missing_stop_penalty: float,
-        engine: RolloutEngine,
+        engine: RolloutEngine | None,
         seed: int,
         optimizer: OptimizerCallable,
         lr_schedule: LearningRateSchedule,
@@ -115,8 +115,6 @@ class PolicyGradientModule(ScoredPolicyModule):
 
     def keep_scored(self, rollout: Rollout) -> Rollout:
         """Drop the rows whose reward or baseline is not finite: no token of theirs counts; and note the metrics."""
-        assert rollout.rewards is not None
-        assert rollout.baselines is not None
         scored = torch.isfinite(rollout.rewards) & torch.isfinite(rollout.baselines)
         means = self.train_means
         means.add("reward", rollout.rewards, scored)

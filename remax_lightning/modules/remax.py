@@ -9,13 +9,14 @@ from typing import Any
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import AdamW
 
 from remax_lightning.functional.advantages import KLForm, remax_advantages
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule, adamw
+from remax_lightning.modules.base import LearningRateSchedule
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.rewards import Reward
-from remax_lightning.rollout import Rollout, RolloutEngine, Sampling, TransformersEngine
+from remax_lightning.rollout import Rollout, RolloutEngine, Sampling
 
 
 class ReMax(PolicyGradientModule):
@@ -36,7 +37,7 @@ class ReMax(PolicyGradientModule):
             or greedy.
         greedy_max_new_tokens: Longest greedy response. The paper's fast variant has half of ``max_new_tokens``: the
             baseline stays valid, since it still does not depend on the sample.
-        engine: What draws the responses.
+        engine: What draws the responses; the default is the embedded engine, which decodes with the policy itself.
         seed: Key of all sampled responses: they are a function of the weights, this seed, the step and the prompt.
         optimizer: Optimizer of the policy; weight decay is left off norms and biases.
         lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
@@ -62,9 +63,9 @@ class ReMax(PolicyGradientModule):
         reward_clip: float | None = None,
         missing_stop_penalty: float = 0.0,
         greedy_max_new_tokens: int | None = None,
-        engine: RolloutEngine = TransformersEngine(),
+        engine: RolloutEngine | None = None,
         seed: int = 0,
-        optimizer: OptimizerCallable = adamw(lr=1e-6, weight_decay=0.1),
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1),
         lr_schedule: LearningRateSchedule = "cosine",
         warmup_fraction: float = 0.0,
         micro_batch_size: int | None = None,
@@ -124,7 +125,11 @@ def identical_rows(sampled: Rollout, greedy: Rollout, num_samples: int) -> Tenso
     """True where a sampled response is the greedy one, token for token: it teaches nothing, (B * num_samples,)."""
     width = max(sampled.response_ids.shape[1], greedy.response_ids.shape[1])
     tokens = [
-        F.pad(rollout.response_ids.masked_fill(~rollout.response_mask, -1), (0, width - rollout.response_ids.shape[1]), value=-1)
+        F.pad(
+            rollout.response_ids.masked_fill(~rollout.response_mask, -1),
+            (0, width - rollout.response_ids.shape[1]),
+            value=-1,
+        )
         for rollout in (sampled, greedy)
     ]
     return (tokens[0] == tokens[1].repeat_interleave(num_samples, dim=0)).all(dim=1)

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from remax_lightning.functional.losses import bradley_terry_loss
 from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule, TrainableModule, adamw
+from remax_lightning.modules.base import LearningRateSchedule, TrainableModule
 
 
 class RewardModel(TrainableModule):
@@ -37,7 +38,7 @@ class RewardModel(TrainableModule):
     def __init__(
         self,
         model: ModelSource,
-        optimizer: OptimizerCallable = adamw(lr=1e-5, weight_decay=0.1),
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1),
         lr_schedule: LearningRateSchedule = "cosine",
         warmup_fraction: float = 0.0,
         micro_batch_size: int | None = None,

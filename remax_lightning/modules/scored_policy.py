@@ -35,7 +35,7 @@ class ScoredPolicyModule(PolicyModule):
         reference: ModelSource | None,
         judge: Reward | None,
         kl_coef: float,
-        engine: RolloutEngine,
+        engine: RolloutEngine | None,
         seed: int,
         optimizer: OptimizerCallable,
         lr_schedule: LearningRateSchedule,
@@ -60,8 +60,8 @@ class ScoredPolicyModule(PolicyModule):
             raise ValueError("a reference was given but kl_coef is 0, which uses none; drop it or set kl_coef")
         if sampling.top_p < 1 or sampling.top_k > 0:
             rank_zero_warn(
-                f"top_p={sampling.top_p}, top_k={sampling.top_k}: responses are not drawn from the distribution that is "
-                "differentiated, so the gradient is biased; top_p=1 and top_k=0 make it unbiased"
+                f"top_p={sampling.top_p}, top_k={sampling.top_k}: the responses do not come from the distribution "
+                "that is differentiated, so the gradient is biased; top_p=1 and top_k=0 make it unbiased"
             )
         self.reward, self.judge, self.kl_coef, self.reference_source = reward, judge, kl_coef, reference
         # frozen models stand outside the module tree: no optimizer, checkpoint or strategy has to know them
@@ -92,7 +92,7 @@ class ScoredPolicyModule(PolicyModule):
             if reward is not None:
                 reward.setup(self.device)
         if self.reference is not None:
-            self.reference.to(self.device)
+            self.reference.to(self.device)  # type: ignore[arg-type]
         self._frozen_on = self.device
 
     def rewards_of(self, reward: Reward, batch: dict[str, Any], responses: list[str]) -> Tensor:
@@ -117,7 +117,7 @@ class ScoredPolicyModule(PolicyModule):
         return log_probs
 
     def scored_rows(self, policy: PreTrainedModel, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """A row for each prompt: a sampled response of a policy, its rewards, its length and its KL to the reference."""
+        """A row for each prompt: a policy's sampled response, its rewards, length and KL to the reference."""
         sampled, greedy = self.respond(policy, batch, replace(self.sampling, num_samples=1))
         assert greedy is not None
         responses = self.texts(sampled)
@@ -171,7 +171,6 @@ class ScoredPolicyModule(PolicyModule):
 
 def response_kl(rollout: Rollout) -> Tensor:
     """Estimate of KL(policy || reference) by each response, nats, (B,): the sum of k1 over its tokens."""
-    assert rollout.log_probs is not None
     assert rollout.ref_log_probs is not None
     return kl_k1(rollout.log_probs, rollout.ref_log_probs).masked_fill(~rollout.response_mask, 0.0).sum(dim=1)
 

@@ -1,16 +1,15 @@
 """Supervised fine-tuning: the policy learns to write the demonstrated responses."""
 
-from typing import Any
-
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.optim import AdamW
 
 from remax_lightning.functional.log_probs import token_log_probs
 from remax_lightning.functional.losses import next_token_loss
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule, adamw
+from remax_lightning.modules.base import LearningRateSchedule
 from remax_lightning.modules.policy import PolicyModule
-from remax_lightning.rollout import RolloutEngine, Sampling, TransformersEngine
+from remax_lightning.rollout import RolloutEngine, Sampling
 
 
 class SFT(PolicyModule):
@@ -19,7 +18,7 @@ class SFT(PolicyModule):
     Args:
         policy: The model to train.
         sampling: How ``predict`` draws responses.
-        engine: What draws them.
+        engine: What draws them; the default is the embedded engine, which decodes with the policy itself.
         seed: Key of the sampled responses.
         optimizer: Optimizer of the policy; weight decay is left off norms and biases.
         lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
@@ -36,9 +35,9 @@ class SFT(PolicyModule):
         self,
         policy: ModelSource,
         sampling: Sampling = Sampling(max_new_tokens=256),
-        engine: RolloutEngine = TransformersEngine(),
+        engine: RolloutEngine | None = None,
         seed: int = 0,
-        optimizer: OptimizerCallable = adamw(lr=1e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0),
         lr_schedule: LearningRateSchedule = "cosine",
         warmup_fraction: float = 0.0,
         micro_batch_size: int | None = None,

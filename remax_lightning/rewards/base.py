@@ -12,7 +12,7 @@ from remax_lightning.models.tokenizer import Prompt
 class Reward(ABC):
     """Scores responses to prompts."""
 
-    def setup(self, device: torch.device) -> None:
+    def setup(self, device: torch.device) -> None:  # noqa: B027 (a reward without a model loads nothing)
         """Load what is needed, on the device of the policy; called once before the first score."""
 
     @abstractmethod

@@ -46,7 +46,8 @@ class ModelReward(Reward):
     def setup(self, device: torch.device) -> None:
         """Load the model and its tokenizer."""
         self.tokenizer = self.source.load_tokenizer()
-        self.model = freeze(load_reward_model(self.source, trained=True)).to(device)
+        self.model = freeze(load_reward_model(self.source, trained=True))
+        self.model.to(device)  # type: ignore[arg-type]
         limits = [limit for limit in (self.max_length, context_length(self.model)) if limit is not None]
         self.limit = min(limits, default=None)
 

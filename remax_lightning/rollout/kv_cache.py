@@ -21,7 +21,9 @@ class _PreallocatedLayer(CacheLayerMixin):
             setattr(self, name, states.new_empty(self.num_rows, heads, self.max_length, size))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, start, end = key_states.shape[0], self.length, self.length + key_states.shape[2]
@@ -59,10 +61,11 @@ class PreallocatedCache(Cache):
         if source.numel() == 0:
             return
         for layer in self.layers:
-            if not layer.is_initialized:  # a layer that shares another's keys and values
-                continue
+            assert isinstance(layer, _PreallocatedLayer)
             for states in (layer.keys, layer.values):
-                filled = states[:, :, : layer.get_seq_length()]
+                if states is None:  # a layer that shares another's keys and values
+                    continue
+                filled = states[:, :, : layer.length]
                 filled.index_copy_(0, target, filled.index_select(0, source))
 
 

@@ -50,6 +50,7 @@ class TransformersEngine(RolloutEngine):
         seed: int = 0,
         step: int = 0,
     ) -> tuple[Rollout, Rollout | None]:
+        """See :meth:`RolloutEngine.generate`."""
         mask = batch["prompt_mask"].bool()
         limits = (sampling.max_new_tokens, greedy_max_new_tokens or sampling.max_new_tokens)
         _check(policy, mask, max(limits) if greedy else limits[0])
@@ -111,7 +112,9 @@ def _decode(
 ) -> None:
     """Fill in the tokens, log-probs and lengths of all rows."""
     width = prompt_ids.shape[1]
-    cache = PreallocatedCache(policy.config.get_text_config().num_hidden_layers, len(rows.prompt), width + rows.tokens.shape[1])
+    cache = PreallocatedCache(
+        policy.config.get_text_config().num_hidden_layers, len(rows.prompt), width + rows.tokens.shape[1]
+    )
     stops = torch.tensor(list(stop_token_ids), device=prompt_ids.device)
     logits = policy(
         input_ids=prompt_ids,
@@ -175,5 +178,5 @@ def _rollout(rows: _Rows, chosen: Tensor, prompt_ids: Tensor, prompt_mask: Tenso
         response_ids=rows.tokens[chosen, :longest].masked_fill(~mask, 0),
         response_mask=mask,
         truncated=~rows.stopped[chosen],
-        log_probs=None if is_greedy else rows.log_probs[chosen, :longest],
+        **({} if is_greedy else {"log_probs": rows.log_probs[chosen, :longest]}),
     )

@@ -1,6 +1,6 @@
 """What a rollout needs and what it gives."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
@@ -31,7 +31,9 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}; the greedy response is always there")
+            raise ValueError(
+                f"temperature must be positive, got {self.temperature}; the greedy response is always there"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
@@ -61,10 +63,10 @@ class Rollout:
     response_ids: Tensor
     response_mask: Tensor
     truncated: Tensor
-    log_probs: Tensor | None = None
+    log_probs: Tensor = field(default=None)  # type: ignore[assignment] # the greedy rows have none
     ref_log_probs: Tensor | None = None
-    rewards: Tensor | None = None
-    baselines: Tensor | None = None
+    rewards: Tensor = field(default=None)  # type: ignore[assignment] # set by who scores
+    baselines: Tensor = field(default=None)  # type: ignore[assignment] # likewise
 
     @property
     def lengths(self) -> Tensor:
@@ -76,13 +78,13 @@ class Rollout:
         prompt_length = max(int(self.prompt_mask[index].sum(dim=1).max()), 1)
         response_length = max(int(self.lengths[index].max()), 1)
         values = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (each.name for each in fields(self)):
+            value = getattr(self, name)
             if value is not None:
                 value = value[index]
-                if field.name.startswith("prompt_"):
+                if name.startswith("prompt_"):
                     value = value[:, -prompt_length:]
                 elif value.dim() == 2:
                     value = value[:, :response_length]
-            values[field.name] = value
+            values[name] = value
         return Rollout(**values)

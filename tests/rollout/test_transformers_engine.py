@@ -32,7 +32,9 @@ def generate(
     model: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int = 24, **options: object
 ) -> tuple[list[list[int]], list[list[int]]]:
     values = {"max_new_tokens": max_new_tokens, **{k: options.pop(k) for k in ("num_samples",) if k in options}}
-    sampled, greedy = TransformersEngine().generate(model, batch, Sampling(**values), **{"stop_token_ids": STOPS, **options})
+    sampled, greedy = TransformersEngine().generate(
+        model, batch, Sampling(**values), **{"stop_token_ids": STOPS, **options}
+    )
     return texts(sampled), texts(greedy) if greedy is not None else []
 
 
@@ -96,7 +98,9 @@ def test_responses_depend_on_seed_step_sample_and_prompt_index() -> None:
     assert first[0] != first[1]
     assert first != generate(model, batch, num_samples=2, seed=2, step=1)[0]
     assert first != generate(model, batch, num_samples=2, seed=1, step=2)[0]
-    assert first != generate(model, {**batch, "prompt_index": batch["prompt_index"] + 1}, num_samples=2, seed=1, step=1)[0]
+    assert (
+        first != generate(model, {**batch, "prompt_index": batch["prompt_index"] + 1}, num_samples=2, seed=1, step=1)[0]
+    )
 
 
 def test_sampled_rows_do_not_depend_on_the_greedy_ones() -> None:

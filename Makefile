@@ -1,0 +1,43 @@
+# Each command sets up what it needs: a virtual environment with the tested versions, once.
+# VENV=path uses or makes another environment; PYTHON=path makes it with another Python (3.10 or newer).
+VENV ?= .venv
+PYTHON ?= python3
+# threads that wait for each other spin by default, which on a busy machine slows small models several times
+export OMP_WAIT_POLICY ?= passive
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.remax-lightning-installed
+RUN := runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv and install the tested set of versions
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	@touch $@
+
+quickstart: $(INSTALLED) ## SFT, reward model and ReMax on a small world made on the spot; a table and a plot at the end
+	@mkdir -p $(RUN) && date +%s > $(RUN)/started_at
+	$(PY) cli.py world --output_dir $(RUN)/world
+	$(PY) cli.py fit --config configs/quickstart/sft.yaml
+	$(PY) cli.py fit --config configs/quickstart/reward_model.yaml
+	$(PY) cli.py fit --config configs/quickstart/remax.yaml
+	$(PY) cli.py test --config configs/quickstart/remax.yaml --ckpt_path last
+	$(PY) cli.py report --responses $(RUN)/remax/responses.jsonl --run_dir $(RUN)/remax \
+		--reward_model_dir $(RUN)/reward_model --output_dir $(RUN) --started_at $$(cat $(RUN)/started_at)
+
+test: $(INSTALLED) ## run the tests
+	$(PY) -m pytest
+
+check: $(INSTALLED) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean: ## remove .venv and runs
+	rm -rf $(VENV) runs

@@ -1,0 +1,124 @@
+"""Two processes with half the batch each do what one process with the whole batch does."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import tiny
+import yaml
+from safetensors.torch import load_file
+
+from remax_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 120
+STEPS = 3
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+COMMON: dict[str, Any] = {"optimizer": SGD, "lr_schedule": "linear", "micro_batch_size": 1, "max_grad_norm": 5.0}
+TIMES = ("time/", "train/tokens_per_second", "epoch", "step")
+
+
+def launch(arguments: list[str]) -> None:
+    """Run ``python cli.py`` with a hard time limit on it and on all processes that it starts."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-3000:]
+
+
+def run(folder: Path, name: str, model: dict[str, Any], data: dict[str, Any], processes: int) -> Path:
+    """A fit with as many processes; the global batch is four rows."""
+    values = dict(data["init_args"], batch_size=4 // processes, eval_batch_size=4 // processes)
+    config = {
+        "model": model,
+        "data": {**data, "init_args": values},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": processes,
+            "strategy": "ddp" if processes > 1 else "auto",
+            "max_steps": STEPS,
+            "default_root_dir": str(folder / name),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": STEPS,
+        },
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    arguments = ["fit", "--config", str(path)]
+    if processes > 1:
+        launch(arguments)
+    else:
+        main(arguments)
+    return folder / name
+
+
+def metrics(root: Path) -> pandas.DataFrame:
+    table = pandas.read_csv(root / "logs" / "version_0" / "metrics.csv")
+    return table[[name for name in table.columns if not name.startswith(TIMES)]]
+
+
+def assert_same(one: Path, two: Path, start: str) -> None:
+    before, single, split = (load_file(Path(folder) / "model.safetensors") for folder in (start, one / "hf", two / "hf"))
+    assert tiny.norm(tiny.difference(before, single)) > 0.01
+    tiny.assert_close(split, single, atol=1e-6, rtol=0)
+    expected, actual = metrics(one), metrics(two)
+    assert len(expected) >= STEPS
+    pandas.testing.assert_frame_equal(actual, expected, check_like=True, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_remax(tmp_path: Path) -> None:
+    policy, other = tiny.save_model(tmp_path / "policy"), tiny.save_model(tmp_path / "other", seed=1)
+    words = ["Go", "Tell me more", "a", "What is it", "Sing.", "no", "Yes or no", "up"]
+    train = tiny.write_rows(
+        tmp_path / "train.jsonl", [{"prompt": word, "gap": "nan" if word == "a" else ""} for word in words]
+    )
+    held_out = tiny.write_rows(tmp_path / "held_out.jsonl", [{"prompt": word, "gap": ""} for word in words[:5]])
+    model = {
+        "class_path": "ReMax",
+        "init_args": {
+            **COMMON,
+            "policy": {"path": policy},
+            "reference": {"path": other},
+            "reward": {"class_path": "FunctionReward", "init_args": {"function": "reward_functions.with_gaps"}},
+            "sampling": {"max_new_tokens": 10, "num_samples": 2},
+            "kl_coef": 0.2,
+        },
+    }
+    data = {"class_path": "PromptDataModule", "init_args": {"train": train, "validation": held_out}}
+    one, two = (run(tmp_path, f"run{count}", model, data, count) for count in (1, 2))
+    assert_same(one, two, policy)
+    table = metrics(one)
+    assert sorted(table["train/rows_dropped"].dropna().unique()) == [0.0, 2.0]
+    assert {"val/reward", "val/win_rate", "val/kl"} <= set(table.columns)
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_sft(tmp_path: Path) -> None:
+    policy = tiny.save_model(tmp_path / "policy")
+    rows = [{"prompt": "ab" * n, "response": " c" * (9 - n)} for n in range(1, 9)]
+    train = tiny.write_rows(tmp_path / "train.jsonl", rows)
+    model = {"class_path": "SFT", "init_args": {**COMMON, "policy": {"path": policy}}}
+    data = {"class_path": "DemonstrationDataModule", "init_args": {"train": train, "validation": train}}
+    one, two = (run(tmp_path, f"run{count}", model, data, count) for count in (1, 2))
+    assert_same(one, two, policy)

@@ -1,0 +1,387 @@
+"""The one manual-optimization loop: what it drops, skips, clips, schedules and logs."""
+
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import PROMPTS
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from remax_lightning.models.source import ModelSource
+from remax_lightning.modules import ReMax
+from remax_lightning.rewards import Reward
+from remax_lightning.rollout import Sampling
+
+METRICS = {
+    "reward",
+    "baseline_reward",
+    "advantage_mean",
+    "kl",
+    "entropy",
+    "response_length",
+    "truncated",
+    "grad_norm",
+    "log_prob_drift",
+    "identical_pairs",
+    "rows_dropped",
+    "tokens_per_second",
+    "steps_skipped",
+    "learning_rate",
+}
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> str:
+    return tiny.save_model(tmp_path / "policy")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    return tiny.save_model(tmp_path / "other", seed=1)
+
+
+def start(policy: str) -> dict[str, Tensor]:
+    return tiny.weights(AutoModelForCausalLM.from_pretrained(policy))
+
+
+def adam(lr: float = 1e-2, weight_decay: float = 0.1) -> Any:
+    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def rows(*gaps: str) -> list[dict[str, Any]]:
+    return [{"prompt": prompt, "gap": gap} for prompt, gap in zip(PROMPTS, gaps, strict=False)]
+
+
+def state(trainer: Any) -> dict[str, Tensor]:
+    values = trainer.optimizers[0].state_dict()["state"]
+    return {f"{index}.{name}": value.clone() for index, entry in values.items() for name, value in entry.items()}
+
+
+class Snapshots(tiny.Callback):
+    """Weights and optimizer state after every batch."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: object) -> None:
+        self.weights.append(tiny.weights(module.trained_model))
+        self.states.append(state(trainer))
+
+
+class Recorder(Reward):
+    """Notes what it is asked and what it answers; the rewards are listed by call, or counted."""
+
+    def __init__(self, *answers: list[float]) -> None:
+        self.answers, self.calls = list(answers), []
+
+    def __call__(self, prompts: Any, responses: Any, **columns: Any) -> Tensor:
+        values = self.answers[len(self.calls)] if self.answers else [float(len(response)) for response in responses]
+        self.calls.append({"prompts": prompts, "responses": responses, "rewards": values, **columns})
+        return torch.tensor(values)
+
+
+def final(module: ReMax) -> dict[str, Tensor]:
+    return tiny.weights(module.policy)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_update_does_not_depend_on_the_micro_batch(policy: str, other: str, tmp_path: Path, optimizer: str) -> None:
+    results = []
+    for size in (None, 1, 3):
+        module = tiny.remax(
+            policy,
+            "with_gaps",
+            kl_coef=0.2,
+            reference=ModelSource(path=other),
+            sampling=Sampling(12, num_samples=2),
+            micro_batch_size=size,
+            max_grad_norm=1.0,
+            optimizer=tiny.sgd() if optimizer == "sgd" else lambda ps: torch.optim.AdamW(ps, lr=1e-3, eps=1e-3),
+        )
+        history = tiny.fit(module, tiny.prompt_data(tmp_path, rows("", "nan", "", "", "")), tmp_path)
+        results.append((final(module), history.steps[0]))
+    assert not tiny.are_equal(start(policy), results[0][0])
+    for weights, metrics in results[1:]:
+        tiny.assert_close(weights, results[0][0], atol=1e-6, rtol=0)
+        for name in METRICS - {"tokens_per_second"}:
+            assert metrics[f"train/{name}"] == pytest.approx(results[0][1][f"train/{name}"], abs=2e-5), name
+
+
+@pytest.mark.parametrize("gap", ["none", "nan", "inf", "-inf"])
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_a_row_without_a_finite_reward_is_dropped(
+    policy: str, other: str, tmp_path: Path, gap: str, micro_batch_size: int | None
+) -> None:
+    options = {"kl_coef": 0.1, "reference": ModelSource(path=other), "micro_batch_size": micro_batch_size}
+    module = tiny.remax(policy, "with_gaps", **options)
+    history = tiny.fit(module, tiny.prompt_data(tmp_path, rows("", "", "", gap, gap)), tmp_path)
+    survivors = tiny.remax(policy, "with_gaps", **options)
+    expected = tiny.fit(survivors, tiny.prompt_data(tmp_path, rows("", "", "")), tmp_path)
+    assert not tiny.are_equal(start(policy), final(module))
+    tiny.assert_close(final(module), final(survivors))
+    assert history["train/rows_dropped"] == [2.0]
+    assert expected["train/rows_dropped"] == [0.0]
+    for name in ("reward", "baseline_reward", "kl", "advantage_mean", "entropy", "grad_norm"):
+        assert history[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], abs=1e-5), name
+
+
+@pytest.mark.parametrize("side", ["sampled", "greedy"])
+def test_a_row_is_dropped_for_either_side(policy: str, tmp_path: Path, side: str) -> None:
+    clean, broken = [3.0, 1.0, 4.0, 1.0, 5.0], [3.0, float("nan"), 4.0, 1.0, 5.0]
+    reward = Recorder(broken, clean) if side == "sampled" else Recorder(clean, broken)
+    history = tiny.fit(tiny.remax(policy, reward), tiny.prompt_data(tmp_path), tmp_path)
+    assert history["train/rows_dropped"] == [1.0]
+    assert history["train/reward"] == history["train/baseline_reward"] == [3.25]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_batch_without_rewards_changes_nothing(policy: str, tmp_path: Path, micro_batch_size: int | None) -> None:
+    module = tiny.remax(policy, Recorder(*[[1.0, 2.0]] * 2, *[[float("nan")] * 2] * 2, *[[3.0, 1.0]] * 2))
+    module.optimizer, module.micro_batch_size = adam(), micro_batch_size
+    module.reward.answers[1] = [0.0, 0.0]
+    module.reward.answers[5] = [0.0, 0.0]
+    snapshots = Snapshots()
+    data = tiny.prompt_data(tmp_path, rows("", ""), batch_size=2)
+    history = tiny.fit(module, data, tmp_path, steps=2, callbacks=[snapshots])
+    assert history["train/steps_skipped"] == [0.0, 1.0, 0.0]
+    assert history["train/rows_dropped"] == [0.0, 2.0, 0.0]
+    assert not tiny.are_equal(start(policy), snapshots.weights[0])
+    assert tiny.are_equal(snapshots.weights[0], snapshots.weights[1])
+    assert tiny.are_equal(snapshots.states[0], snapshots.states[1])
+    assert not tiny.are_equal(snapshots.weights[1], snapshots.weights[2])
+
+
+def test_ten_skipped_steps_in_a_row_end_the_run(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, "with_gaps", optimizer=adam())
+    history = tiny.History()
+    trainer = tiny.trainer(tmp_path, 30, [history])
+    with pytest.raises(RuntimeError, match="10 steps in a row"):
+        trainer.fit(module, datamodule=tiny.prompt_data(tmp_path, rows("nan", "none", "inf", "-inf", "nan")))
+    assert history["train/steps_skipped"] == [1.0] * 9
+    assert tiny.are_equal(start(policy), final(module))
+
+
+def test_a_used_step_starts_the_count_again(policy: str, tmp_path: Path) -> None:
+    bad, good = [[float("nan")]] * 2, [[1.0], [0.0]]
+    module = tiny.remax(policy, Recorder(*bad * 9, *good, *bad * 9, *good))
+    history = tiny.fit(module, tiny.prompt_data(tmp_path, rows("")), tmp_path, steps=2)
+    assert history["train/steps_skipped"] == [*[1.0] * 9, 0.0] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    policy: str, tmp_path: Path, value: float, max_grad_norm: float | None
+) -> None:
+    module = tiny.remax(policy, optimizer=adam(), max_grad_norm=max_grad_norm)
+    module.configure_model()
+    snapshots = Snapshots()
+    broken = next(p for name, p in module.policy.named_parameters() if name.endswith("layers.1.mlp.down_proj.weight"))
+    broken.register_hook(lambda gradient: gradient * value if len(snapshots.weights) == 1 else gradient)
+    history = tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=2, callbacks=[snapshots])
+    assert history["train/steps_skipped"] == [0.0, 1.0, 0.0]
+    assert tiny.are_equal(snapshots.weights[0], snapshots.weights[1])
+    assert tiny.are_equal(snapshots.states[0], snapshots.states[1])
+    assert not tiny.are_equal(snapshots.weights[1], snapshots.weights[2])
+    assert all(torch.isfinite(weight).all() for weight in snapshots.weights[2].values())
+
+
+def test_metrics(policy: str, tmp_path: Path) -> None:
+    history = tiny.fit(tiny.remax(policy, kl_coef=0.1), tiny.prompt_data(tmp_path), tmp_path, steps=2)
+    times = {f"time/{phase}" for phase in ("rollout", "reward", "reference", "update", "step")}
+    for metrics in history.steps:
+        assert {f"train/{name}" for name in METRICS} | times == set(metrics)
+        assert metrics["train/log_prob_drift"] < 1e-4
+        assert metrics["train/tokens_per_second"] > 0
+        assert 0 < metrics["train/entropy"] < 4.1
+        assert 1 <= metrics["train/response_length"] <= 12
+        assert 0 < metrics["train/truncated"] < 1
+        parts = sum(metrics[name] for name in times - {"time/step"})
+        assert 0.5 * metrics["time/step"] < parts <= metrics["time/step"] + 1e-3
+
+
+def test_reward_metrics_hold_the_two_sides_apart(policy: str, tmp_path: Path) -> None:
+    reward = Recorder()
+    module = tiny.remax(policy, reward, sampling=Sampling(12, num_samples=3))
+    history = tiny.fit(module, tiny.prompt_data(tmp_path, [{"prompt": p, "answer": p[::-1]} for p in PROMPTS]), tmp_path)
+    sampled, greedy = reward.calls
+    assert [len(call["responses"]) for call in reward.calls] == [15, 5]
+    assert history["train/reward"] == [pytest.approx(sum(sampled["rewards"]) / 15)]
+    assert history["train/baseline_reward"] == [pytest.approx(sum(greedy["rewards"]) / 5)]
+    assert sampled["prompts"] == [prompt for prompt in greedy["prompts"] for _ in range(3)]
+    assert sampled["answer"] == [prompt[::-1] for prompt in sampled["prompts"]]
+    assert set(sampled) == {"prompts", "responses", "rewards", "answer"}
+
+
+def test_drift_stays_small_at_another_temperature(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, sampling=Sampling(12, temperature=0.7))
+    history = tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=2)
+    assert max(history["train/log_prob_drift"]) < 1e-4
+
+
+@pytest.mark.parametrize("limit", [0.05, 1e6])
+def test_max_grad_norm_bounds_the_gradient(policy: str, tmp_path: Path, limit: float) -> None:
+    free, clipped = tiny.remax(policy), tiny.remax(policy, max_grad_norm=limit)
+    data = tiny.prompt_data(tmp_path)
+    histories = [tiny.fit(module, data, tmp_path) for module in (free, clipped)]
+    before = start(policy)
+    whole, taken = (tiny.difference(before, final(module)) for module in (free, clipped))
+    norm = histories[0]["train/grad_norm"][0]
+    assert tiny.norm(whole) == pytest.approx(norm, rel=1e-4)
+    assert histories[1]["train/grad_norm"][0] == pytest.approx(norm, rel=1e-5)
+    scale = min(limit / norm, 1.0)
+    tiny.assert_close(taken, {name: value * scale for name, value in whole.items()}, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_fraction", "expected"),
+    [
+        ("constant", 0.0, [1.0, 1.0, 1.0, 1.0]),
+        ("constant", 0.5, [0.0, 0.5, 1.0, 1.0]),
+        ("linear", 0.0, [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", 0.0, [1.0, 0.8535534, 0.5, 0.1464466]),
+        ("cosine", 0.5, [0.0, 0.5, 1.0, 0.5]),
+    ],
+)
+def test_learning_rate(policy: str, tmp_path: Path, schedule: str, warmup_fraction: float, expected: list[float]) -> None:
+    options: dict[str, Any] = {"lr_schedule": schedule, "warmup_fraction": warmup_fraction, "optimizer": tiny.sgd(0.02)}
+    snapshots = Snapshots()
+    history = tiny.fit(
+        tiny.remax(policy, **options), tiny.prompt_data(tmp_path), tmp_path, steps=4, callbacks=[snapshots]
+    )
+    assert history["train/learning_rate"] == pytest.approx([0.02 * value for value in expected], abs=1e-7)
+    steps = zip([start(policy), *snapshots.weights[:-1]], snapshots.weights, history.steps, strict=True)
+    for before, after, metrics in steps:
+        moved = tiny.norm(tiny.difference(before, after))
+        assert moved == pytest.approx(metrics["train/learning_rate"] * metrics["train/grad_norm"], rel=1e-2, abs=1e-5)
+
+
+def test_a_schedule_without_an_end_is_refused(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, lr_schedule="cosine")
+    trainer = tiny.trainer(tmp_path, -1, max_epochs=-1)
+    with pytest.raises(ValueError, match=r"set trainer.max_steps or trainer.max_epochs"):
+        trainer.fit(module, datamodule=tiny.prompt_data(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_weight_decay_leaves_norms_and_biases(tmp_path: Path, architecture: str) -> None:
+    policy = tiny.save_model(tmp_path / "policy", architecture)
+    before = start(policy)
+    module = tiny.remax(policy, "constant", optimizer=tiny.sgd(0.1, weight_decay=0.5))
+    tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path)
+    kinds = set()
+    for name, weight in final(module).items():
+        is_plain = "norm" in name or "ln_" in name or name.endswith("bias")
+        kinds.add(is_plain)
+        torch.testing.assert_close(weight, before[name] * (1.0 if is_plain else 0.95), msg=name)
+    assert kinds == {True, False}
+
+
+def test_the_optimizer_is_the_one_given(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, optimizer=adam(lr=1e-3, weight_decay=0.0))
+    trainer = tiny.trainer(tmp_path)
+    trainer.fit(module, datamodule=tiny.prompt_data(tmp_path))
+    assert isinstance(trainer.optimizers[0], torch.optim.AdamW)
+    moved = tiny.difference(start(policy), final(module))
+    assert max(float(value.abs().max()) for value in moved.values()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_default_optimizer_is_that_of_the_recipes(policy: str) -> None:
+    module = ReMax(policy=ModelSource(path=policy), reward=Recorder(), sampling=Sampling(4))
+    module.configure_model()
+    optimizer = module.optimizer(module.policy.parameters())
+    assert type(optimizer) is torch.optim.AdamW
+    assert {name: optimizer.defaults[name] for name in ("lr", "betas", "weight_decay")} == {
+        "lr": 1e-6,
+        "betas": (0.9, 0.95),
+        "weight_decay": 0.1,
+    }
+
+
+def test_dropout_in_the_configuration_changes_nothing(tmp_path: Path) -> None:
+    plain = tiny.save_model(tmp_path / "plain", "gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    dropping = tiny.save_model(tmp_path / "dropping", "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    results = []
+    for folder in (plain, dropping):
+        module = tiny.remax(folder)
+        tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path)
+        results.append(final(module))
+    assert tiny.are_equal(*results)
+
+
+def test_a_run_repeats(policy: str, tmp_path: Path) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(results))  # has no part in it
+        module = tiny.remax(policy, seed=seed, optimizer=adam())
+        tiny.fit(module, tiny.prompt_data(tmp_path, batch_size=2), tmp_path, steps=3)
+        results.append(final(module))
+    assert tiny.are_equal(results[0], results[1])
+    assert not tiny.are_equal(results[0], results[2])
+
+
+def test_each_step_draws_other_responses(policy: str, tmp_path: Path) -> None:
+    reward = Recorder()
+    module = tiny.remax(policy, reward, optimizer=tiny.sgd(0.0))
+    tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=2)
+    first, greedy, second, again = ({p: r for p, r in zip(c["prompts"], c["responses"], strict=True)} for c in reward.calls)
+    assert greedy == again
+    assert all(first[prompt] != second[prompt] for prompt in PROMPTS)
+
+
+def test_fp16_mixed_is_refused(policy: str) -> None:
+    module = tiny.remax(policy)
+    module._trainer = SimpleNamespace(precision="16-mixed")  # on a CPU, Lightning itself turns it into bf16-mixed
+    with pytest.raises(ValueError, match="use bf16-mixed"):
+        module.setup("fit")
+
+
+def test_bf16_mixed_trains_float32_weights(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, kl_coef=0.1, micro_batch_size=2)
+    history = tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=2, precision="bf16-mixed")
+    assert history["train/steps_skipped"] == [0.0, 0.0]
+    assert 1e-5 < history["train/log_prob_drift"][0] < 0.3
+    assert {parameter.dtype for parameter in module.policy.parameters()} == {torch.float32}
+    assert not tiny.are_equal(start(policy), final(module))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_coef": -0.1}, "kl_coef must be 0"),
+        ({"missing_stop_penalty": -1.0}, "missing_stop_penalty is taken from the reward"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
+        ({"gamma": 0.0}, "gamma"),
+        ({"gamma": 1.5}, "gamma"),
+        ({"reward_clip": 0.0}, "reward_clip"),
+        ({"kl_form": "both"}, "kl_form"),
+        ({"greedy_max_new_tokens": 0}, "greedy_max_new_tokens"),
+        ({"greedy_max_new_tokens": -3}, "greedy_max_new_tokens"),
+    ],
+)
+def test_values_out_of_range_are_refused(policy: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.remax(policy, **options)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5}])
+def test_a_biased_sampler_is_warned_of(policy: str, options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="the gradient is biased"):
+        tiny.remax(policy, sampling=Sampling(4, **options))
+
+
+def test_a_module_can_be_trained_again(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, optimizer=tiny.sgd(0.1))
+    data = tiny.prompt_data(tmp_path)
+    tiny.fit(module, data, tmp_path)
+    once = deepcopy(final(module))
+    tiny.fit(module, data, tmp_path)
+    assert not tiny.are_equal(once, final(module))
