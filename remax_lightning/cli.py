@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from remax_lightning import data, modules, rewards, rollout  # noqa: F401 (their classes are known by short names)
-from remax_lightning.callbacks import Checkpoint, HFExport, ResponseWriter
+from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter
 from remax_lightning.data.toy import write_world
 from remax_lightning.evaluation.report import report
 from remax_lightning.models.export import export
@@ -57,6 +57,7 @@ class CLI(LightningCLI):
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
         parser.add_lightning_class_args(HFExport, "hf_export")
         parser.add_lightning_class_args(ResponseWriter, "response_writer")
+        parser.add_lightning_class_args(ProgressLines, "progress_lines")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -125,6 +126,7 @@ def main(args: list[str] | None = None) -> None:
         args: The command line; the default is the process's own.
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
+    sys.path.append(os.getcwd())  # reward functions of the user's own
     given = sys.argv[1:] if args is None else args
     if given and given[0] in FUNCTIONS:
         auto_cli(FUNCTIONS, args=given, as_positional=False)

@@ -104,7 +104,12 @@ def save_model(
 
 
 def save_reward_model(
-    folder: Path, model_type: str = "llama", scale: float = 3.0, seed: int = 0, pad_is_eos: bool = False, **values: object
+    folder: Path,
+    model_type: str = "llama",
+    scale: float = 3.0,
+    seed: int = 0,
+    pad_is_eos: bool = False,
+    **values: object,
 ) -> str:
     """A folder with a random sequence-classification model of one label, unless told, and the tokenizer."""
     words = tokenizer(pad_is_eos)

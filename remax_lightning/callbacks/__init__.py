@@ -2,6 +2,7 @@
 
 from remax_lightning.callbacks.checkpoint import Checkpoint
 from remax_lightning.callbacks.hf_export import HFExport
+from remax_lightning.callbacks.progress_lines import ProgressLines
 from remax_lightning.callbacks.response_writer import ResponseWriter
 
-__all__ = ["Checkpoint", "HFExport", "ResponseWriter"]
+__all__ = ["Checkpoint", "HFExport", "ProgressLines", "ResponseWriter"]

@@ -1,6 +1,6 @@
 """Pure tensor functions: tensors in, tensors out; torch is the only import."""
 
-from remax_lightning.functional.advantages import KLForm, remax_advantages
+from remax_lightning.functional.advantages import KLForm, check_remax_arguments, remax_advantages
 from remax_lightning.functional.keyed_random import keyed_uniforms, row_keys
 from remax_lightning.functional.log_probs import entropy, kl_k1, kl_k2, kl_k3, masked_mean, token_log_probs
 from remax_lightning.functional.losses import bradley_terry_loss, next_token_loss, policy_gradient_loss
@@ -16,6 +16,7 @@ from remax_lightning.functional.sequence import (
 __all__ = [
     "KLForm",
     "bradley_terry_loss",
+    "check_remax_arguments",
     "entropy",
     "keyed_uniforms",
     "kl_k1",

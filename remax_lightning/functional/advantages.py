@@ -51,7 +51,7 @@ def remax_advantages(
 
     Reference: Li et al. 2024, arXiv 2310.10505, and github.com/liziniu/ReMax at commit 536ba49.
     """
-    _check_ranges(kl_coef, kl_form, gamma, reward_clip)
+    check_remax_arguments(kl_coef, kl_form, gamma, reward_clip)
     require_shape(response_mask.shape[:1], "one value per response, (B,)", rewards=rewards, baselines=baselines)
     require_shape(
         response_mask.shape,
@@ -88,7 +88,12 @@ def _reverse_cumsum(values: Tensor) -> Tensor:
     return values.flip(-1).cumsum(-1).flip(-1)
 
 
-def _check_ranges(kl_coef: float, kl_form: str, gamma: float, reward_clip: float | None) -> None:
+def check_remax_arguments(kl_coef: float, kl_form: str, gamma: float, reward_clip: float | None) -> None:
+    """Refuse options of `remax_advantages` that are out of range; a module does so before its first step.
+
+    Raises:
+        ValueError: As `remax_advantages`.
+    """
     if kl_form not in get_args(KLForm):
         raise ValueError(
             f"kl_form must be one of {', '.join(get_args(KLForm))}, got {kl_form!r}; "

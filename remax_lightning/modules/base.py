@@ -90,7 +90,7 @@ class TrainableModule(LightningModule):
             )
         return int(steps)
 
-    def update(self, num_rows: int, loss: Callable[[Tensor], Tensor]) -> None:
+    def update(self, num_rows: int, loss: Callable[[Tensor], Tensor], num_terms: Tensor) -> None:
         """One optimizer step on a batch, in micro-batches: the only one in the project.
 
         A step with nothing to learn from or with a gradient that is not finite is skipped and counted, by all
@@ -98,8 +98,8 @@ class TrainableModule(LightningModule):
 
         Args:
             num_rows: Rows of this process's batch.
-            loss: From row indices to their summed loss, divided by the number of :meth:`terms_per_process`. Where that
-                is 0, because every row was dropped, the gradient is not finite and the step is skipped.
+            loss: From row indices to their summed loss, divided by ``num_terms``.
+            num_terms: Number of :meth:`terms_per_process`; 0 if every row was dropped.
 
         Raises:
             RuntimeError: After ten skipped steps in a row.
@@ -111,7 +111,7 @@ class TrainableModule(LightningModule):
                 self.manual_backward(loss(rows))
         max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.trained_model.parameters(), max_norm)
-        is_usable = bool(torch.isfinite(norm))
+        is_usable = bool(torch.isfinite(norm) & (num_terms > 0))
         self.train_means.add("grad_norm", norm)
         self.train_means.add("steps_skipped", torch.tensor(0.0 if is_usable else 1.0, device=self.device))
         self.train_means.add("learning_rate", torch.tensor(optimizer.param_groups[0]["lr"], device=self.device))

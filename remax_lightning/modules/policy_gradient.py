@@ -87,7 +87,7 @@ class PolicyGradientModule(ScoredPolicyModule):
             return self.loss(log_probs, advantages[rows, : log_probs.shape[1]], part, num_tokens)
 
         with self.phase("update"):
-            self.update(len(advantages), loss)
+            self.update(len(advantages), loss, num_tokens)
         self.train_means.add("advantage_mean", advantages, rollout.response_mask)
         self.seconds["step"] = time.perf_counter() - start
         self.train_means.add("tokens_per_second", num_tokens * self.trainer.world_size / self.seconds["step"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from remax_lightning.functional.advantages import KLForm, remax_advantages
+from remax_lightning.functional.advantages import KLForm, check_remax_arguments, remax_advantages
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.base import LearningRateSchedule
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
@@ -87,6 +87,9 @@ class ReMax(PolicyGradientModule):
             micro_batch_size,
             max_grad_norm,
         )
+        check_remax_arguments(kl_coef, kl_form, gamma, reward_clip)
+        if greedy_max_new_tokens is not None and greedy_max_new_tokens < 1:
+            raise ValueError(f"greedy_max_new_tokens must be at least 1, got {greedy_max_new_tokens}")
         self.kl_form, self.gamma, self.reward_clip = kl_form, gamma, reward_clip
         self.greedy_max_new_tokens = greedy_max_new_tokens
 

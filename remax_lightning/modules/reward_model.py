@@ -82,7 +82,7 @@ class RewardModel(TrainableModule):
             return value * len(pairs) / num_pairs
 
         with self.phase("update"):
-            self.update(num_rows, loss)
+            self.update(num_rows, loss, num_pairs)
         self.log_training(progress=("loss", "accuracy"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -1,6 +1,5 @@
 """A policy with a reward and a reference: what it takes to evaluate it, and what training is built on."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +66,7 @@ class ScoredPolicyModule(PolicyModule):
         # frozen models stand outside the module tree: no optimizer, checkpoint or strategy has to know them
         self.__dict__["reference"] = None
         self._frozen_on: torch.device | None = None
-        self._reference_rows: dict[int, dict[str, Any]] = {}
+        self._reference_rows: dict[tuple[int, ...], dict[str, Any]] = {}
 
     def configure_model(self) -> None:
         """Load or build the policy and, for a KL penalty, the reference, once."""
@@ -153,12 +152,13 @@ class ScoredPolicyModule(PolicyModule):
                 self.eval_means.add(name, values, values.isfinite())
         return [{**raw, **row} for raw, row in zip(rows_of(raw_columns(batch)), rows, strict=True)]
 
-    def _rows_of_reference(self, batch: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    def _rows_of_reference(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         assert self.reference is not None
-        index = batch["prompt_index"].tolist()
-        if not all(prompt in self._reference_rows for prompt in index):
-            self._reference_rows.update(zip(index, self.scored_rows(self.reference, batch), strict=True))
-        return [self._reference_rows[prompt] for prompt in index]
+        prompts = zip(batch["prompt_index"].tolist(), batch["prompt_ids"], batch["prompt_mask"], strict=True)
+        keys = [(index, *ids[mask].tolist()) for index, ids, mask in prompts]
+        if not all(key in self._reference_rows for key in keys):
+            self._reference_rows.update(zip(keys, self.scored_rows(self.reference, batch), strict=True))
+        return [self._reference_rows[key] for key in keys]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score responses to held-out prompts."""

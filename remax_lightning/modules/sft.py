@@ -72,7 +72,7 @@ class SFT(PolicyModule):
             return next_token_loss(log_probs, mask, num_tokens=num_tokens)
 
         with self.phase("update"):
-            self.update(len(batch["input_ids"]), loss)
+            self.update(len(batch["input_ids"]), loss, num_tokens)
         self.log_training(progress=("loss",))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -26,7 +26,11 @@ TIMES = ("time/", "train/tokens_per_second", "epoch", "step")
 
 def launch(arguments: list[str]) -> None:
     """Run ``python cli.py`` with a hard time limit on it and on all processes that it starts."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), *arguments],
         cwd=ROOT,
@@ -78,7 +82,9 @@ def metrics(root: Path) -> pandas.DataFrame:
 
 
 def assert_same(one: Path, two: Path, start: str) -> None:
-    before, single, split = (load_file(Path(folder) / "model.safetensors") for folder in (start, one / "hf", two / "hf"))
+    before, single, split = (
+        load_file(Path(folder) / "model.safetensors") for folder in (start, one / "hf", two / "hf")
+    )
     assert tiny.norm(tiny.difference(before, single)) > 0.01
     tiny.assert_close(split, single, atol=1e-6, rtol=0)
     expected, actual = metrics(one), metrics(two)

@@ -209,7 +209,9 @@ def test_metrics(policy: str, tmp_path: Path) -> None:
 def test_reward_metrics_hold_the_two_sides_apart(policy: str, tmp_path: Path) -> None:
     reward = Recorder()
     module = tiny.remax(policy, reward, sampling=Sampling(12, num_samples=3))
-    history = tiny.fit(module, tiny.prompt_data(tmp_path, [{"prompt": p, "answer": p[::-1]} for p in PROMPTS]), tmp_path)
+    history = tiny.fit(
+        module, tiny.prompt_data(tmp_path, [{"prompt": p, "answer": p[::-1]} for p in PROMPTS]), tmp_path
+    )
     sampled, greedy = reward.calls
     assert [len(call["responses"]) for call in reward.calls] == [15, 5]
     assert history["train/reward"] == [pytest.approx(sum(sampled["rewards"]) / 15)]
@@ -249,7 +251,9 @@ def test_max_grad_norm_bounds_the_gradient(policy: str, tmp_path: Path, limit: f
         ("cosine", 0.5, [0.0, 0.5, 1.0, 0.5]),
     ],
 )
-def test_learning_rate(policy: str, tmp_path: Path, schedule: str, warmup_fraction: float, expected: list[float]) -> None:
+def test_learning_rate(
+    policy: str, tmp_path: Path, schedule: str, warmup_fraction: float, expected: list[float]
+) -> None:
     options: dict[str, Any] = {"lr_schedule": schedule, "warmup_fraction": warmup_fraction, "optimizer": tiny.sgd(0.02)}
     snapshots = Snapshots()
     history = tiny.fit(
@@ -330,7 +334,7 @@ def test_each_step_draws_other_responses(policy: str, tmp_path: Path) -> None:
     reward = Recorder()
     module = tiny.remax(policy, reward, optimizer=tiny.sgd(0.0))
     tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=2)
-    first, greedy, second, again = ({p: r for p, r in zip(c["prompts"], c["responses"], strict=True)} for c in reward.calls)
+    first, greedy, second, again = (dict(zip(call["prompts"], call["responses"], strict=True)) for call in reward.calls)
     assert greedy == again
     assert all(first[prompt] != second[prompt] for prompt in PROMPTS)
 

@@ -124,7 +124,10 @@ def test_predict_gives_a_row_for_each_pair(scored: str, tmp_path: Path) -> None:
     predictions = tiny.trainer(tmp_path).predict(reward_model(scored), data)
     assert predictions is not None
     rows = [row for batch in predictions for row in batch]
-    model, words = AutoModelForSequenceClassification.from_pretrained(scored).eval(), AutoTokenizer.from_pretrained(scored)
+    model, words = (
+        AutoModelForSequenceClassification.from_pretrained(scored).eval(),
+        AutoTokenizer.from_pretrained(scored),
+    )
     assert len(rows) == len(ROWS)
     for row, pair in zip(rows, ROWS, strict=True):
         for side in ("chosen", "rejected"):

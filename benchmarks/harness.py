@@ -1,0 +1,71 @@
+"""Runs two contenders in turn, each in its own process, and compares CPU seconds and peak memory."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from machine import machine
+from rich.console import Console
+from rich.table import Table
+
+
+def measure(build: Callable[[], Callable[[int], Any]], size: int) -> dict[str, Any]:
+    """CPU seconds of one piece of work, and the process's peak memory beyond that of its imports, MiB.
+
+    Args:
+        build: Makes the work: a function of its size.
+        size: Size to measure; a small one goes before as a warm-up.
+    """
+    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work = build()
+    work(2)
+    start = time.process_time()
+    answer = work(size)
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"cpu_seconds": seconds, "peak_mib": (peak - imports) / 1024, "answer": answer}
+
+
+def contend(script: str, case: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Run a case with the peer and with ours in turn; the minimum over the repeats of each."""
+    runs: dict[str, list[dict[str, Any]]] = {"peer": [], "ours": []}
+    for _ in range(repeats):
+        for contender in runs:
+            command = [sys.executable, script, "--worker", contender, "--case", json.dumps(case)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+            runs[contender].append(json.loads(output.splitlines()[-1]))
+    best = {
+        name: {key: min(run[key] for run in each) for key in ("cpu_seconds", "peak_mib")} for name, each in runs.items()
+    }
+    return {
+        "name": case["name"],
+        "time_ratio": best["peer"]["cpu_seconds"] / best["ours"]["cpu_seconds"],
+        "memory_ratio": best["ours"]["peak_mib"] / best["peer"]["peak_mib"],
+        "is_equal": runs["peer"][0]["answer"] == runs["ours"][0]["answer"],
+        **best,
+    }
+
+
+def conclude(name: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Print the table and, as the last line, the JSON object."""
+    table = Table("case", "peer, CPU s", "ours, CPU s", "time, peer / ours", "memory, ours / peer", "same answer")
+    for case in cases:
+        seconds = (f"{case[contender]['cpu_seconds']:.2f}" for contender in ("peer", "ours"))
+        ratios = (f"{case['time_ratio']:.2f}", f"{case['memory_ratio']:.2f}")
+        table.add_row(case["name"], *seconds, *ratios, str(case["is_equal"]))
+    Console().print(table)
+    result = {"name": name, "command": " ".join(["python", *sys.argv]), **machine(), "threads": 1, "cases": cases}
+    print(json.dumps(result))
+    return result
+
+
+def one_thread() -> None:
+    """One thread, whatever the machine has."""
+    torch.set_num_threads(1)

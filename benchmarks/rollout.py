@@ -1,0 +1,108 @@
+"""Sampled and greedy responses of 16 prompts: two calls of transformers' ``generate`` against the embedded engine.
+
+A Llama with random weights (hidden 256, 4 layers), prompts of 32 to 64 tokens, 128 new tokens. In the mixed cases one
+token in 64 ends a response.
+
+    python benchmarks/rollout.py --output benchmarks/results/rollout.json
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import conclude, contend, measure, one_thread
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from remax_lightning.functional.sequence import left_pad
+from remax_lightning.rollout import Sampling, TransformersEngine
+
+CASES = [
+    {"name": "equal 8k", "vocabulary": 8192, "prompts": 16, "mixed": False},
+    {"name": "mixed 8k", "vocabulary": 8192, "prompts": 16, "mixed": True},
+    {"name": "equal 50k", "vocabulary": 50304, "prompts": 16, "mixed": False},
+    {"name": "mixed 50k", "vocabulary": 50304, "prompts": 16, "mixed": True},
+    {"name": "equal 8k, 1 prompt", "vocabulary": 8192, "prompts": 1, "mixed": False},
+    {"name": "equal 8k, 4 prompts", "vocabulary": 8192, "prompts": 4, "mixed": False},
+]
+
+
+def build(case: dict[str, Any]) -> tuple[LlamaForCausalLM, Tensor, Tensor, list[int]]:
+    """Model, prompts, their mask and the stop tokens of a case."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=case["vocabulary"],
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    lengths = torch.randint(32, 65, (case["prompts"],)).tolist()
+    ids, mask = left_pad([torch.randint(0, case["vocabulary"], (n,)).tolist() for n in lengths], pad_token_id=0)
+    stops = list(range(0, case["vocabulary"], 64)) if case["mixed"] else [case["vocabulary"]]
+    return model, ids, mask, stops
+
+
+def ours(case: dict[str, Any]) -> Callable[[int], list[list[int]]]:
+    """The work, by the embedded engine."""
+    model, ids, mask, stops = build(case)
+    batch = {"prompt_ids": ids, "prompt_mask": mask, "prompt_index": torch.arange(len(ids))}
+
+    def work(max_new_tokens: int) -> list[list[int]]:
+        _, greedy = TransformersEngine().generate(model, batch, Sampling(max_new_tokens), stop_token_ids=stops)
+        assert greedy is not None
+        return [row[kept].tolist() for row, kept in zip(greedy.response_ids, greedy.response_mask, strict=True)]
+
+    return work
+
+
+def peer(case: dict[str, Any]) -> Callable[[int], list[list[int]]]:
+    """The work, by transformers."""
+    model, ids, mask, stops = build(case)
+
+    @torch.no_grad()
+    def work(max_new_tokens: int) -> list[list[int]]:
+        answers = []
+        for do_sample in (True, False):
+            sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
+            config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=0, **sampling)
+            answers.append(model.generate(ids, attention_mask=mask.long(), generation_config=config))
+        return [cut(row[ids.shape[1] :].tolist(), set(stops)) for row in answers[1]]
+
+    return work
+
+
+def cut(row: list[int], stops: set[int]) -> list[int]:
+    """The tokens up to the first stop token."""
+    end = next((position for position, token in enumerate(row) if token in stops), len(row))
+    return row[: end + 1]
+
+
+def main() -> None:
+    """Run all cases, or one of them as a worker."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", choices=["peer", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        one_thread()
+        contender = {"peer": peer, "ours": ours}[arguments.worker]
+        print(json.dumps(measure(lambda: contender(arguments.case), arguments.case["max_new_tokens"])))
+        return
+    cases = [{**case, "max_new_tokens": arguments.max_new_tokens} for case in CASES]
+    result = conclude("rollout", [contend(__file__, case, arguments.repeats) for case in cases])
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from remax_lightning.models.export import export
+from remax_lightning.models.language_model import load_language_model, stop_token_ids
+from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
+from remax_lightning.models.source import ModelSource
+
+ARCHITECTURES = ["llama", "gpt2", "opt", "gemma", "mistral", "gemma2", "qwen2"]
+IDS = torch.tensor([[3, 4, 5, 6, 7]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_exported_policy_has_the_same_logits(tmp_path: Path, architecture: str, tied: bool) -> None:
+    torch.manual_seed(0)
+    folder = tiny.save_model(tmp_path / "source", architecture, tie_word_embeddings=tied)
+    source = ModelSource(path=folder, tokenizer=str(words_of(tmp_path)))
+    model = load_language_model(source)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.01)
+    export(model, source.load_tokenizer(), str(tmp_path / "hf"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(loaded.eval()(IDS).logits, model.eval()(IDS).logits)
+    assert loaded.generation_config.eos_token_id == list(tiny.STOPS)
+    assert stop_token_ids(loaded, source.load_tokenizer()) == sorted(tiny.STOPS)
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def words_of(tmp_path: Path) -> Path:
+    tiny.tokenizer().save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_an_exported_reward_model_has_the_same_scores(tmp_path: Path, architecture: str) -> None:
+    source = ModelSource(path=tiny.save_model(tmp_path / "source", architecture))
+    model = load_reward_model(source, trained=False).eval()
+    export(model, source.load_tokenizer(), str(tmp_path / "hf"))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert loaded.config.num_labels == 1
+    again = load_reward_model(ModelSource(path=str(tmp_path / "hf")), trained=True).eval()
+    mask = torch.ones_like(IDS)
+    assert torch.equal(sequence_scores(again, IDS, mask), sequence_scores(model, IDS, mask))
+
+
+def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    source = ModelSource(path=tiny.save_model(tmp_path / "source"), chat_template=template)
+    export(load_language_model(source), source.load_tokenizer(), str(tmp_path / "hf"))
+    words = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert words.chat_template == template
+    assert words("Tell me")["input_ids"] == tiny.tokenizer()("Tell me")["input_ids"]
+    assert (words.pad_token_id, words.eos_token_id) == (0, 1)
+    assert len(words) == len(tiny.tokenizer())
+
+
+def test_sampling_values_of_a_generation_configuration_do_not_stop_an_export(tmp_path: Path) -> None:
+    """Released models carry values that transformers refuses to save, such as a temperature without do_sample."""
+    folder = tiny.save_model(tmp_path / "source")
+    path = Path(folder) / "generation_config.json"
+    values = {**json.loads(path.read_text()), "temperature": 0.6, "top_p": 0.9, "do_sample": False}
+    path.write_text(json.dumps(values))
+    source = ModelSource(path=folder)
+    export(load_language_model(source), source.load_tokenizer(), str(tmp_path / "hf"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert loaded.generation_config.eos_token_id == list(tiny.STOPS)
+
+
+def test_an_export_replaces_the_one_before(tmp_path: Path) -> None:
+    source = ModelSource(path=tiny.save_model(tmp_path / "source"))
+    model = load_language_model(source)
+    export(model, source.load_tokenizer(), str(tmp_path / "hf"))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    export(model, source.load_tokenizer(), str(tmp_path / "hf"))
+    assert tiny.are_equal(tiny.weights(model), tiny.weights(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")))
+
+
+def test_the_dtype_is_that_in_memory(tmp_path: Path) -> None:
+    source = ModelSource(path=tiny.save_model(tmp_path / "source"), dtype="bfloat16")
+    export(load_language_model(source), source.load_tokenizer(), str(tmp_path / "hf"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16

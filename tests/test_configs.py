@@ -1,0 +1,67 @@
+"""Every configuration is one that the command line takes: each key exists and has a value of its type."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from remax_lightning.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASES = sorted(path for path in CONFIGS.rglob("*.yaml") if "overlays" not in path.parts)
+OVERLAYS = sorted(CONFIGS.glob("overlays/**/*.yaml"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def parsed(*arguments: str) -> dict[str, Any]:
+    """What ``--print_config`` says of the arguments."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        main(["fit", *arguments, "--print_config"])
+    assert end.value.code in (0, None)
+    return yaml.safe_load(output.getvalue())
+
+
+def missing(given: Any, resolved: Any, path: str = "") -> list[str]:
+    """Keys and values of a file that did not arrive; class paths may be given by their short names."""
+    if isinstance(given, dict) and isinstance(resolved, dict):
+        return [
+            key
+            for name, value in given.items()
+            for key in (missing(value, resolved[name], f"{path}.{name}") if name in resolved else [f"{path}.{name}"])
+        ]
+    if path.endswith(".class_path"):
+        return [] if str(resolved).rpartition(".")[2] == str(given).rpartition(".")[2] else [path]
+    return [] if given == resolved else [f"{path}: {given!r} became {resolved!r}"]
+
+
+def test_there_are_configurations() -> None:
+    assert {"quickstart/sft.yaml", "quickstart/reward_model.yaml", "quickstart/remax.yaml"} <= {name(p) for p in BASES}
+
+
+@pytest.mark.parametrize("path", BASES, ids=name)
+def test_a_configuration_arrives_whole(path: Path) -> None:
+    assert missing(yaml.safe_load(path.read_text(encoding="utf-8")), parsed("--config", str(path))) == []
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+def test_an_overlay_arrives_whole(path: Path) -> None:
+    config = parsed("--config", str(CONFIGS / "quickstart" / "remax.yaml"), "--config", str(path))
+    assert missing(yaml.safe_load(path.read_text(encoding="utf-8")), config) == []
+
+
+def test_a_misspelt_key_would_be_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load((CONFIGS / "quickstart" / "remax.yaml").read_text(encoding="utf-8"))
+    config["model"]["init_args"]["kl_coeff"] = 0.1
+    path = tmp_path / "misspelt.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(path), "--print_config"])
+    assert end.value.code == 2
+    assert "kl_coeff" in capsys.readouterr().err
