@@ -4,5 +4,6 @@ from remax_lightning.callbacks.checkpoint import Checkpoint
 from remax_lightning.callbacks.hf_export import HFExport
 from remax_lightning.callbacks.progress_lines import ProgressLines
 from remax_lightning.callbacks.response_writer import ResponseWriter
+from remax_lightning.callbacks.self_check import SelfCheck
 
-__all__ = ["Checkpoint", "HFExport", "ProgressLines", "ResponseWriter"]
+__all__ = ["Checkpoint", "HFExport", "ProgressLines", "ResponseWriter", "SelfCheck"]

@@ -79,7 +79,11 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The longest sequence, in tokens, that the model has positions for; None where it has no such limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # encoders of RoBERTa's kind count their positions from the one after the padding's
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embeddings, "padding_idx", None)
+    return limit if limit is None or padding is None else limit - padding - 1
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from remax_lightning.functional.sequence import last_token_index
 from remax_lightning.models.language_model import check_vocabulary, vocabulary_size
 from remax_lightning.models.source import ModelSource
 
@@ -43,7 +44,7 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     """Score of each sequence, read at its last token.
 
     transformers finds the last token as the last one that differs from the pad token, which goes wrong where a real
-    token equals it (pad == eos). So the padding is rewritten with a token that occurs in no row, and the model is told
+    token equals it (pad == eos). So the padding is rewritten with a token that no row ends with, and the model is told
     that this is its pad token; what stands there is masked from attention anyway.
 
     Args:
@@ -55,9 +56,9 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
         Scores, (B,), float32.
     """
     mask = attention_mask.bool()
-    vocabulary = torch.zeros(vocabulary_size(model), dtype=torch.bool, device=mask.device)
-    vocabulary[input_ids[mask]] = True
-    filler = int(vocabulary.to(torch.uint8).argmin())
+    last_tokens = torch.zeros(vocabulary_size(model), dtype=torch.bool, device=mask.device)
+    last_tokens[input_ids.gather(1, last_token_index(mask)[:, None])] = True
+    filler = int(last_tokens.to(torch.uint8).argmin())
     config = model.config.get_text_config()
     pad_token_id, config.pad_token_id = config.pad_token_id, filler
     try:

@@ -17,6 +17,9 @@ from remax_lightning.modules.policy import PolicyModule, logits_of, raw_columns,
 from remax_lightning.rewards import Reward
 from remax_lightning.rollout import Rollout, RolloutEngine, Sampling
 
+LARGEST_REWARD = 1e6
+"""A reward beyond this size is an error, not a judgement: its row is dropped like one without a finite reward."""
+
 
 class ScoredPolicyModule(PolicyModule):
     """A policy whose responses are scored, and compared with those of a reference policy.
@@ -62,6 +65,8 @@ class ScoredPolicyModule(PolicyModule):
                 f"top_p={sampling.top_p}, top_k={sampling.top_k}: the responses do not come from the distribution "
                 "that is differentiated, so the gradient is biased; top_p=1 and top_k=0 make it unbiased"
             )
+        if reference is not None and reference.load_tokenizer().get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError("the reference's tokenizer is not the policy's; their log-probs cannot be compared")
         self.reward, self.judge, self.kl_coef, self.reference_source = reward, judge, kl_coef, reference
         # frozen models stand outside the module tree: no optimizer, checkpoint or strategy has to know them
         self.__dict__["reference"] = None
@@ -95,12 +100,22 @@ class ScoredPolicyModule(PolicyModule):
         self._frozen_on = self.device
 
     def rewards_of(self, reward: Reward, batch: dict[str, Any], responses: list[str]) -> Tensor:
-        """A reward's scores of the responses to a batch of prompts, the responses of a prompt adjacent."""
+        """A reward's scores of the responses to a batch of prompts, the responses of a prompt adjacent.
+
+        Not-a-number where there is no usable score; all of them if the reward raises.
+        """
         repeats = len(responses) // len(batch["prompt_ids"])
         columns = {
             name: [value for value in column for _ in range(repeats)] for name, column in raw_columns(batch).items()
         }
-        return reward(columns.pop("prompt"), responses, **columns).to(self.device)
+        try:
+            rewards = reward(columns.pop("prompt"), responses, **columns).to(self.device)
+        except Exception as error:
+            # one failure of a reward must not end a run of days; the rows are dropped and counted, and a reward that
+            # always fails ends it after MAX_SKIPPED_STEPS
+            rank_zero_warn(f"the reward failed, its {len(responses)} rows are dropped: {type(error).__name__}: {error}")
+            return torch.full((len(responses),), float("nan"), device=self.device)
+        return rewards.masked_fill(rewards.abs() > LARGEST_REWARD, float("nan"))
 
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor | None:

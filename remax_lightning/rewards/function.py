@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,7 +35,7 @@ class FunctionReward(Reward):
             )
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> Tensor:
-        """Score each response; None becomes not-a-number.
+        """Score each response; what is no number, None for one, becomes not-a-number.
 
         Raises:
             ValueError: If the function returns another number of rewards than it got responses.
@@ -43,7 +44,14 @@ class FunctionReward(Reward):
         rewards = self.function(prompts=prompts, responses=responses, **wanted)
         if len(rewards) != len(responses):
             raise ValueError(f"{self.name} must return one reward a response: {len(responses)}, got {len(rewards)}")
-        return torch.tensor([float("nan") if reward is None else float(reward) for reward in rewards])
+        return torch.tensor([_number(reward) for reward in rewards])
+
+
+def _number(reward: object) -> float:
+    try:
+        return float(reward)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _resolve(path: str) -> Callable[..., Sequence[float | None]]:

@@ -40,6 +40,8 @@ class ModelReward(Reward):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.source = ModelSource(path=existing(path), chat_template=chat_template, dtype=dtype)
         self.as_chat, self.batch_size, self.max_length = as_chat, batch_size, max_length
 
@@ -54,7 +56,7 @@ class ModelReward(Reward):
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> Tensor:
         """Score each response, on the device of the model."""
-        rows = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        rows = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         # rows of like length are scored together, so that little is computed on padding
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         rewards = torch.empty(len(rows), device=self.model.device)
@@ -65,7 +67,8 @@ class ModelReward(Reward):
             rewards[index] = scores
         return rewards
 
-    def _encode(self, prompt: Prompt, response: str) -> list[int]:
+    def encode(self, prompt: Prompt, response: str) -> list[int]:
+        """Tokens of a conversation as the model sees it."""
         if self.as_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         ids = encode_prompt(self.tokenizer, prompt) + encode_response(self.tokenizer, prompt, response)

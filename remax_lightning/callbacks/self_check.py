@@ -1,0 +1,241 @@
+"""Before the first step: does everything that a policy learns from fit together?"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from remax_lightning.functional.log_probs import token_log_probs
+from remax_lightning.models.language_model import context_length, evaluating, vocabulary_size
+from remax_lightning.modules.policy import logits_of, raw_columns
+from remax_lightning.modules.scored_policy import ScoredPolicyModule
+from remax_lightning.rewards import ModelReward
+from remax_lightning.rollout import Rollout
+
+NEVER = -20.0
+"""A log-prob, in nats, that no run is long enough to draw."""
+
+
+class SelfCheck(Callback):
+    """Draws a few responses before the first training step and refuses to train on what cannot be right.
+
+    The checks, by name: ``context`` (the longest prompt and response fit the model), ``padding`` (padding changes no
+    log-prob), ``sampler`` (the sampler's log-probs are those of training), ``reference`` (a reference that is the
+    policy's own start has KL 0), ``stop_token`` (the policy can end a response), ``double_bos`` (the reward model's
+    text does not begin twice), ``rewards`` (they are finite), ``equal_rewards`` (they are not all the same, from which
+    nothing is learned).
+
+    Args:
+        enabled: False checks nothing.
+        skip: Names of checks to leave out, such as ``[equal_rewards]`` for a reward that is rare at first.
+        num_prompts: Prompts to draw responses for.
+        max_new_tokens: Tokens of those responses, at most.
+    """
+
+    def __init__(
+        self, enabled: bool = True, skip: list[str] | None = None, num_prompts: int = 8, max_new_tokens: int = 32
+    ) -> None:
+        if unknown := set(skip or []) - set(CHECKS):
+            raise ValueError(f"skip takes names of checks, {', '.join(CHECKS)}; got {', '.join(sorted(unknown))}")
+        self.enabled, self.skip = enabled, set(skip or [])
+        self.num_prompts, self.max_new_tokens = num_prompts, max_new_tokens
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check a policy that learns from rewards; the first sentence of what is wrong is raised by all processes.
+
+        Raises:
+            ValueError: If a check fails.
+        """
+        if not self.enabled or not isinstance(pl_module, ScoredPolicyModule):
+            return
+        with trainer.precision_plugin.forward_context(), evaluating(pl_module.policy):
+            problem = next(self._problems(trainer, pl_module), None)
+        if not trainer.strategy.reduce_boolean_decision(problem is None, all=True):
+            raise ValueError(f"self-check: {problem or 'a check failed in another process'}")
+
+    def _problems(self, trainer: Trainer, module: ScoredPolicyModule) -> Iterator[str]:
+        if "context" not in self.skip and (problem := context_problem(trainer, module)):
+            yield problem
+        draw = self._draw(trainer, module)
+        for name, check in CHECKS.items():
+            if name not in self.skip and check is not None and (problem := check(draw)):
+                yield problem
+
+    def _draw(self, trainer: Trainer, module: ScoredPolicyModule) -> "Draw":
+        assert trainer.train_dataloader is not None
+        batch = next(iter(trainer.train_dataloader))
+        batch = {name: column[: self.num_prompts] for name, column in batch.items()}
+        batch = {name: c.to(module.device) if isinstance(c, Tensor) else c for name, c in batch.items()}
+        length = min(self.max_new_tokens, module.sampling.max_new_tokens)
+        sampling = replace(module.sampling, max_new_tokens=length, num_samples=1)
+        sampled, greedy = module.respond(module.policy, batch, sampling)
+        assert greedy is not None
+        return Draw(trainer, module, batch, sampled, greedy)
+
+
+class Draw:
+    """A few responses, and what the checks ask of them.
+
+    Args:
+        trainer: The trainer.
+        module: The module under check.
+        batch: Prompts.
+        sampled: A sampled response to each.
+        greedy: The greedy response to each.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: ScoredPolicyModule,
+        batch: dict[str, Any],
+        sampled: Rollout,
+        greedy: Rollout,
+    ) -> None:
+        self.trainer, self.module, self.batch, self.sampled, self.greedy = trainer, module, batch, sampled, greedy
+        self.log_probs = self.log_probs_of(sampled)
+        is_half = "16" in str(trainer.precision) or module.policy.dtype != torch.float32
+        self.tolerance = 0.1 if is_half else 1e-3
+
+    def log_probs_of(self, rollout: Rollout) -> Tensor:
+        """Log-probs as the training forward computes them."""
+        logits = logits_of(self.module.policy, rollout)
+        return token_log_probs(logits, rollout.response_ids, temperature=self.module.sampling.temperature)
+
+    def difference(self, log_probs: Tensor) -> float:
+        """Mean absolute difference from the training log-probs over response tokens, nats."""
+        return float((log_probs - self.log_probs).abs()[self.sampled.response_mask].mean())
+
+
+def context_problem(trainer: Trainer, module: ScoredPolicyModule) -> str | None:
+    """The longest prompt and response against the model's positions."""
+    limit = context_length(module.policy)
+    longest = trainer.datamodule.max_prompt_length  # type: ignore[attr-defined]
+    total = longest + module.sampling.max_new_tokens
+    if limit is None or total <= limit:
+        return None
+    return (
+        f"the model has {limit} positions, but data.max_prompt_length={longest} and "
+        f"sampling.max_new_tokens={module.sampling.max_new_tokens} make {total}; lower one of them"
+    )
+
+
+def padding_problem(draw: Draw) -> str | None:
+    """More padding on both sides against none."""
+    rollout = draw.sampled
+    padded = replace(
+        rollout,
+        prompt_ids=F.pad(rollout.prompt_ids, (3, 0)),
+        prompt_mask=F.pad(rollout.prompt_mask, (3, 0)),
+        response_ids=F.pad(rollout.response_ids, (0, 3)),
+        response_mask=F.pad(rollout.response_mask, (0, 3)),
+    )
+    difference = draw.difference(draw.log_probs_of(padded)[:, :-3])
+    if difference <= draw.tolerance:
+        return None
+    return (
+        f"padding changes the log-probs by {difference:.3g} nats a token; the architecture ignores the attention "
+        "mask or position_ids: try policy.attn_implementation=eager, or use another model"
+    )
+
+
+def sampler_problem(draw: Draw) -> str | None:
+    """The sampler's log-probs against those of training."""
+    difference = draw.difference(draw.sampled.log_probs)
+    if difference <= draw.tolerance:
+        return None
+    return (
+        f"the sampler's log-probs differ from those of training by {difference:.3g} nats a token; the rollout engine "
+        "does not decode with the weights, the temperature or the numeric type that are trained"
+    )
+
+
+def reference_problem(draw: Draw) -> str | None:
+    """KL to a reference that is the policy as it starts."""
+    module = draw.module
+    if module.reference is None or module.reference_source is not None or draw.trainer.global_step > 0:
+        return None
+    ref_log_probs = module.reference_log_probs(draw.sampled)
+    assert ref_log_probs is not None
+    difference = draw.difference(ref_log_probs)
+    if difference <= draw.tolerance:
+        return None
+    return (
+        f"the reference differs from the policy by {difference:.3g} nats a token before the first step; the policy was "
+        "changed after it was loaded: name the reference by model.reference"
+    )
+
+
+def stop_token_problem(draw: Draw) -> str | None:
+    """Whether the policy could ever draw one of its stop tokens."""
+    module, stops = draw.module, draw.module.stop_token_ids
+    size = vocabulary_size(module.policy)
+    if all(stop >= size for stop in stops):
+        return f"the stop tokens {stops} are beyond the model's vocabulary of {size}; set the tokenizer's eos_token"
+    log_probs = logits_of(module.policy, draw.sampled).float().log_softmax(-1)
+    known = [stop for stop in stops if stop < size]
+    best = float(log_probs[..., known].max(-1).values[draw.sampled.response_mask].max())
+    if best > NEVER:
+        return None
+    return (
+        f"no stop token of {stops} has a log-prob above {best:.3g} nats, so no response would end; fine-tune the "
+        "policy on responses that end with the tokenizer's eos_token, or set that token right"
+    )
+
+
+def double_bos_problem(draw: Draw) -> str | None:
+    """Whether a reward model's conversations begin with two BOS tokens."""
+    for reward in (draw.module.reward, draw.module.judge):
+        if isinstance(reward, ModelReward):
+            ids = reward.encode(draw.batch["prompt"][0], "")
+            bos = reward.tokenizer.bos_token_id
+            if bos is not None and ids[:2] == [bos, bos]:
+                return (
+                    f"the conversations that {reward.source.path} scores begin with two BOS tokens; take the BOS out "
+                    "of its chat_template or out of the prompts"
+                )
+    return None
+
+
+def rewards(draw: Draw) -> Tensor:
+    """Rewards of the sampled and greedy responses; what the reward raises, it raises here."""
+    module, columns = draw.module, raw_columns(draw.batch)
+    prompts = columns.pop("prompt")
+    both = [module.reward(prompts, module.texts(each), **columns) for each in (draw.sampled, draw.greedy)]
+    return torch.cat(both)
+
+
+def rewards_problem(draw: Draw) -> str | None:
+    """Whether there is a reward to learn from."""
+    values = rewards(draw)
+    if bool(torch.isfinite(values).all()):
+        return None
+    return f"{int((~torch.isfinite(values)).sum())} of {len(values)} rewards are not finite; mend the reward"
+
+
+def equal_rewards_problem(draw: Draw) -> str | None:
+    """Whether rewards tell responses apart."""
+    values = rewards(draw)
+    if bool((values != values[0]).any()):
+        return None
+    return (
+        f"all {len(values)} rewards are {float(values[0]):.4g}, from which nothing is learned; look at the "
+        "reward, or leave this check out by self_check.skip=[equal_rewards] if a difference is rare at first"
+    )
+
+
+CHECKS: dict[str, Callable[[Draw], str | None] | None] = {
+    "context": None,
+    "padding": padding_problem,
+    "sampler": sampler_problem,
+    "reference": reference_problem,
+    "stop_token": stop_token_problem,
+    "double_bos": double_bos_problem,
+    "rewards": rewards_problem,
+    "equal_rewards": equal_rewards_problem,
+}
