@@ -1,5 +1,6 @@
 """The one manual-optimization loop: what it drops, skips, clips, schedules and logs."""
 
+from collections.abc import Container
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,7 +115,7 @@ def test_the_update_does_not_depend_on_the_micro_batch(policy: str, other: str, 
 
 
 @pytest.mark.parametrize(
-    ("gap", "micro_batch_size"), [("none", None), ("nan", None), ("nan", 1), ("inf", 1), ("-inf", None)]
+    ("gap", "micro_batch_size"), [("none", None), ("nan", None), ("nan", 1), ("inf", 1), ("-inf", None), ("1e30", None)]
 )
 def test_a_row_without_a_finite_reward_is_dropped(
     policy: str, other: str, tmp_path: Path, gap: str, micro_batch_size: int | None
@@ -173,6 +174,50 @@ def test_a_used_step_starts_the_count_again(policy: str, tmp_path: Path) -> None
     module = tiny.remax(policy, Recorder(*bad * 9, *good, *bad * 9, *good))
     history = tiny.fit(module, tiny.prompt_data(tmp_path, rows("")), tmp_path, steps=2)
     assert history["train/steps_skipped"] == [*[1.0] * 9, 0.0] * 2
+
+
+class Failing(Recorder):
+    """Raises in some of its calls, counted from 0; the answers of the others are as without that."""
+
+    def __init__(self, calls: Container[int], *answers: list[float]) -> None:
+        super().__init__(*answers)
+        self.failing, self.count = calls, -1
+
+    def __call__(self, prompts: Any, responses: Any, **columns: Any) -> Tensor:
+        self.count += 1
+        if self.count in self.failing:
+            raise ConnectionError("the reward's server is away")
+        return super().__call__(prompts, responses, **columns)
+
+
+@pytest.mark.parametrize("call", [2, 3])
+def test_a_reward_that_fails_once_costs_one_step(policy: str, tmp_path: Path, call: int) -> None:
+    module = tiny.remax(policy, Failing({call}, *[[1.0, 3.0], [0.0, 0.0]] * 3), optimizer=adam())
+    snapshots = Snapshots()
+    data = tiny.prompt_data(tmp_path, rows("", ""), batch_size=2)
+    with pytest.warns(match="the reward failed, its 2 rows are dropped: ConnectionError: the reward's server is away"):
+        history = tiny.fit(module, data, tmp_path, steps=2, callbacks=[snapshots])
+    assert history["train/rows_dropped"] == [0.0, 2.0, 0.0]
+    assert history["train/steps_skipped"] == [0.0, 1.0, 0.0]
+    assert tiny.are_equal(snapshots.weights[0], snapshots.weights[1])
+    assert not tiny.are_equal(snapshots.weights[1], snapshots.weights[2])
+
+
+def test_a_reward_that_always_fails_ends_the_run(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, Failing(range(1000)), optimizer=adam())
+    with pytest.raises(RuntimeError, match="10 steps in a row"):
+        tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=30)
+    assert tiny.are_equal(start(policy), final(module))
+
+
+def test_a_reward_with_a_wrong_count_drops_its_rows(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, "too_few", optimizer=adam())
+    with (
+        pytest.warns(match="ValueError: reward_functions.too_few must return one reward a response: 5, got 4"),
+        pytest.raises(RuntimeError, match="10 steps in a row"),
+    ):
+        tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=30)
+    assert tiny.are_equal(start(policy), final(module))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
