@@ -4,6 +4,7 @@ The prompt and the response are always tokenized apart, so a prompt has the same
 `encode_prompt(...) + encode_response(...)` is a whole training sequence.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -59,11 +60,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     Raises:
         ValueError: If the prompt is a list of messages and the tokenizer has no chat template.
     """
-    if not isinstance(prompt, str):
-        return _tokenize(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
-    leading, ids = _leading_special_tokens(tokenizer), _tokenize(tokenizer, prompt)
-    has_own_bos = ids[:1] == leading[-1:] == [tokenizer.bos_token_id]
-    return ids if has_own_bos else leading + ids
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Tokens of each prompt, as `encode_prompt` gives them; one call of the tokenizer, which may use many threads."""
+    leading = _leading_special_tokens(tokenizer)
+    texts = [
+        prompt if isinstance(prompt, str) else _render(tokenizer, prompt, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    rows = zip(prompts, _tokenize(tokenizer, texts), strict=True)
+    return [_begin(tokenizer, ids, leading) if isinstance(prompt, str) else ids for prompt, ids in rows]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> list[int]:
@@ -81,13 +89,35 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response
     Returns:
         Token ids; the last one is a special token.
     """
-    if not isinstance(prompt, str):
-        before = _render(tokenizer, prompt, add_generation_prompt=True)
-        turn = {"role": "assistant", "content": response}
-        whole = _render(tokenizer, [*prompt, turn], add_generation_prompt=False)
-        if whole.startswith(before):
-            response = whole[len(before) :]
-    return _end(tokenizer, _tokenize(tokenizer, response), cut_blanks=not isinstance(prompt, str))
+    return encode_responses(tokenizer, [prompt], [response])[0]
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[list[int]]:
+    """Tokens that follow each prompt, as `encode_response` gives them; one call of the tokenizer."""
+    pairs = list(zip(prompts, responses, strict=True))
+    rows = _tokenize(tokenizer, [_response_text(tokenizer, prompt, response) for prompt, response in pairs])
+    return [
+        _end(tokenizer, ids, cut_blanks=not isinstance(prompt, str))
+        for (prompt, _), ids in zip(pairs, rows, strict=True)
+    ]
+
+
+def _response_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str) -> str:
+    """What follows the prompt: the response, after messages with what the chat template puts around it."""
+    if isinstance(prompt, str):
+        return response
+    before = _render(tokenizer, prompt, add_generation_prompt=True)
+    turn = {"role": "assistant", "content": response}
+    whole = _render(tokenizer, [*prompt, turn], add_generation_prompt=False)
+    return whole[len(before) :] if whole.startswith(before) else response
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase, ids: list[int], leading: list[int]) -> list[int]:
+    """Put the leading special tokens in front of a text's, unless it starts with a BOS token of its own."""
+    has_own_bos = ids[:1] == leading[-1:] == [tokenizer.bos_token_id]
+    return ids if has_own_bos else leading + ids
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, cut_blanks: bool) -> list[int]:
@@ -104,7 +134,7 @@ def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, cut_blanks: bool
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that the tokenizer puts in front of any text."""
-    plain, marked = _tokenize(tokenizer, "a"), tokenizer("a")["input_ids"]
+    (plain,), marked = _tokenize(tokenizer, ["a"]), tokenizer("a")["input_ids"]
     starts = (start for start in range(len(marked)) if marked[start : start + len(plain)] == plain)
     return marked[: next(starts, 0)]
 
@@ -119,8 +149,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     return str(text)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
