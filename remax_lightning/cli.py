@@ -4,10 +4,9 @@ import os
 import sys
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from remax_lightning import data, modules, rewards, rollout  # noqa: F401 (their classes are known by short names)
 from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter
+from remax_lightning.callbacks.resume_check import check_model, flat
+from remax_lightning.callbacks.safe_checkpoint_io import check_complete, newest_complete, read_checkpoint
 from remax_lightning.data.toy import write_world
 from remax_lightning.evaluation.report import report
 from remax_lightning.models.export import export
@@ -42,7 +43,8 @@ class ExportingTrainer(Trainer):
             datamodule: Not used.
         """
         model.configure_model()
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(ckpt_path)
+        check_model(checkpoint, model, is_fit=False)
         model.load_state_dict(checkpoint["state_dict"])
         export(model.trained_model, model.tokenizer, output_dir)
         print(f"exported {ckpt_path} to {output_dir}")
@@ -81,21 +83,23 @@ class CLI(LightningCLI):
             kwargs["logger"] = CSVLogger(root, name=name, flush_logs_every_n_steps=10)
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        """Hand the configuration to the checkpoints, so that a resumed run can be compared with it."""
+        config = yaml.safe_load(self._parser(self.subcommand).dump(self.config.fit, skip_none=False))
+        compared = {name: config.get(name) for name in ("seed_everything", "model", "data")}
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoint):
+                callback.configuration = flat(compared)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Read ``--ckpt_path last`` as the newest checkpoint in the run's folder.
+        """Read ``--ckpt_path last`` as the newest complete checkpoint in the run's folder, and check a file.
 
         Lightning only warns where there is none and goes on with the weights as they are; here only a fit starts anew.
-
-        Raises:
-            FileNotFoundError: If another sub-command than fit asks for the last checkpoint and there is none.
         """
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if kwargs.get("ckpt_path") == "last":
+        if kwargs.get("ckpt_path") not in (None, "hpc"):
             folder = checkpoint_folder(self._get(self.config_init, "trainer.default_root_dir"))
-            path = Path(folder, "last.ckpt")
-            if not path.exists() and subcommand != "fit":
-                raise FileNotFoundError(f"--ckpt_path last: there is no {path}; run fit first, or name a checkpoint")
-            kwargs["ckpt_path"] = str(path) if path.exists() else None
+            kwargs["ckpt_path"] = find_checkpoint(str(kwargs["ckpt_path"]), folder, is_fit=subcommand == "fit")
         return kwargs
 
     def _parse_ckpt_path(self) -> None:
@@ -112,6 +116,29 @@ def own_error(error: BaseException) -> BaseException | None:
         if raised_in and raised_in[-1].startswith("remax_lightning."):
             return each
     return None
+
+
+def find_checkpoint(given: str, folder: str, is_fit: bool) -> str | None:
+    """The file that ``--ckpt_path`` means.
+
+    Args:
+        given: ``last`` or a path.
+        folder: Where the run keeps its checkpoints.
+        is_fit: A fit may start without a checkpoint.
+
+    Raises:
+        ValueError: If it is an address of another kind, or corrupt.
+        FileNotFoundError: If it is not there.
+    """
+    if "://" in given or given.startswith("registry"):
+        raise ValueError(f"--ckpt_path takes a local file or last, got {given}; copy it to this machine first")
+    if given != "last":
+        check_complete(given)
+        return given
+    newest = newest_complete(folder)
+    if newest is None and not is_fit:
+        raise FileNotFoundError(f"--ckpt_path last: there is no checkpoint in {folder}; run fit first, or name a file")
+    return None if newest is None else str(newest)
 
 
 def checkpoint_folder(root: str | None) -> str:

@@ -97,7 +97,7 @@ def test_remax_from_fit_to_export(remax: Path, policy: str, tmp_path: Path) -> N
     root = tmp_path / "remax_run"
     run("fit", "--config", remax)
     assert not tiny.are_equal(weights(root / "hf"), weights(Path(policy)))
-    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert torch.load(root / "checkpoints" / "step=3.ckpt", weights_only=True)["global_step"] == 3
     table = pandas.read_csv(root / "logs" / "version_0" / "metrics.csv")
     assert table["train/reward"].notna().sum() == 3
     assert table["val/win_rate"].notna().sum() >= 1
@@ -114,7 +114,7 @@ def test_remax_from_fit_to_export(remax: Path, policy: str, tmp_path: Path) -> N
     run("predict", "--config", remax, "--ckpt_path", "last")
     assert [row["prompt"] for row in tiny.read_rows(root / "predictions.jsonl")] == tiny.PROMPTS
 
-    checkpoint = root / "checkpoints" / "last.ckpt"
+    checkpoint = root / "checkpoints" / "step=3.ckpt"
     run("export", "--config", remax, "--ckpt_path", checkpoint, "--output_dir", tmp_path / "exported")
     assert tiny.are_equal(weights(tmp_path / "exported"), weights(root / "hf"))
     loaded, other = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "exported", root / "hf"))
@@ -127,7 +127,7 @@ def test_the_saved_configuration_repeats_the_run(remax: Path, tmp_path: Path) ->
     again = tmp_path / "again"
     saved = root / "logs" / "version_0" / "config.yaml"
     run("fit", "--config", saved, "--trainer.logger", "false", "--trainer.default_root_dir", again)
-    assert (again / "checkpoints" / "last.ckpt").exists()
+    assert (again / "checkpoints" / "step=3.ckpt").exists()
     assert tiny.are_equal(weights(root / "hf"), weights(again / "hf"))
 
 
@@ -137,12 +137,12 @@ def test_last_resumes(remax: Path, tmp_path: Path) -> None:
     part = tmp_path / "remax_run"
     run("fit", "--config", remax, "--trainer.max_steps", 2, "--model.lr_schedule", "constant")
     run("fit", "--config", remax, "--ckpt_path", "last", "--model.lr_schedule", "constant")
-    assert torch.load(part / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert torch.load(part / "checkpoints" / "step=3.ckpt", weights_only=True)["global_step"] == 3
     assert tiny.are_equal(weights(whole / "hf"), weights(part / "hf"))
 
 
 def test_last_without_a_checkpoint(remax: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no .*last.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint in .*checkpoints; run fit first"):
         run("validate", "--config", remax, "--ckpt_path", "last")
     run("fit", "--config", remax, "--ckpt_path", "last")
     assert (tmp_path / "remax_run" / "hf").exists()
@@ -249,7 +249,7 @@ def test_callbacks_are_set_by_their_own_keys(remax: Path, tmp_path: Path) -> Non
     arguments = ["--checkpoint.every_n_train_steps", 1, "--checkpoint.save_top_k", -1]
     run("fit", "--config", remax, "--hf_export.enabled", "false", *arguments)
     folder = tmp_path / "remax_run" / "checkpoints"
-    assert {path.name for path in folder.iterdir()} == {"step=1.ckpt", "step=2.ckpt", "step=3.ckpt", "last.ckpt"}
+    assert {path.name for path in folder.glob("*.ckpt")} == {"step=1.ckpt", "step=2.ckpt", "step=3.ckpt"}
     assert not (tmp_path / "remax_run" / "hf").exists()
     run("predict", "--config", remax, "--response_writer.path", tmp_path / "rows.jsonl")
     assert len(tiny.read_rows(tmp_path / "rows.jsonl")) == len(tiny.PROMPTS)

@@ -155,8 +155,8 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, if it is not saved yet."""
-        self.termination.forbid()
-        self._save(trainer)
+        with self.termination.waiting():
+            self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last finished step, by process 0 alone: the others may be anywhere."""

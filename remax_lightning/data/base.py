@@ -2,22 +2,32 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 
-import numpy as np
 import torch
-from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
-from remax_lightning.data.formats import Format, Row, UnusableRow, to_chat
-from remax_lightning.data.order import EvenBatches, Position, ResumableLoader, TrainingOrder, count_batches
-from remax_lightning.data.reading import Example, encode_rows
-from remax_lightning.data.sources import ACCEPTED, load_rows
-from remax_lightning.models.tokenizer import Prompt, encode_prompt, load_tokenizer
+from remax_lightning.data.arguments import check_arguments, check_sizes
+from remax_lightning.data.order import (
+    EvenBatches,
+    Position,
+    ResumableLoader,
+    TrainingOrder,
+    count_batches,
+    mixed_rows,
+    shuffled_rows,
+    split_rows,
+)
+from remax_lightning.data.reading import Example, encode_parts
+from remax_lightning.data.rows import RowEncoder
+from remax_lightning.data.sources import ACCEPTED, Part, load_parts
+from remax_lightning.data.streaming import POSITION, StreamedWindows, StreamLoader
+from remax_lightning.models.tokenizer import load_tokenizer
 
 Source: TypeAlias = str | list[str] | None
 Batch: TypeAlias = dict[str, Any]
@@ -32,7 +42,7 @@ SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
 }
 
 
-class TokenizedDataModule(LightningDataModule):
+class TokenizedDataModule(RowEncoder, LightningDataModule):
     """Rows of known formats as batches of tokens, in an order that survives a resume exactly.
 
     Use it with `Trainer(use_distributed_sampler=False)`: it splits its rows over the processes itself.
@@ -44,8 +54,12 @@ class TokenizedDataModule(LightningDataModule):
         validation: Source = None,
         test: Source = None,
         predict: Source = None,
+        weights: list[float] | None = None,
         validation_fraction: float = 0.0,
         limit: int | None = None,
+        streaming: bool = False,
+        shuffle_window: int = 1024,
+        skip_bad_rows: int = 0,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_prompt_length: int = 512,
@@ -64,9 +78,20 @@ class TokenizedDataModule(LightningDataModule):
             validation: Rows for validation, likewise.
             test: Rows for testing, likewise.
             predict: Rows to write responses for, likewise. The default is ``test``.
+            weights: Weight of each source of ``train``, in whose proportions its rows are drawn. An epoch has as many
+                rows as all sources together. Each source gives its share of them and goes through its own rows in
+                passes, each in a new order, so the rows of a small source with a large weight come several times an
+                epoch and those of a large one with a small weight are spread over several. The default is each row
+                of each source once an epoch.
             validation_fraction: Share of the training rows, drawn by ``seed``, that is kept for validation when
                 ``validation`` is not given.
             limit: Use only the first rows of ``train``, this many. The default is all.
+            streaming: Read the training rows as they are needed, for sources that are too large to load; the trainer
+                needs ``max_steps``. An epoch ends with the last source. The first rows tell the columns of a .jsonl
+                file. Processes do not share the reading: each reads and tokenizes all rows.
+            shuffle_window: With ``streaming``, rows that are held at once; a row's place is drawn within those.
+            skip_bad_rows: Rows that may be corrupt (lines of .jsonl files that are not JSON, text that is not UTF-8):
+                so many of a split, or of an epoch of a stream, are dropped and counted, one more is an error.
             batch_size: Rows per process and training step.
             eval_batch_size: Rows per process and step outside training, at most. The default is ``batch_size``.
             max_prompt_length: Longest prompt, in tokens.
@@ -78,49 +103,34 @@ class TokenizedDataModule(LightningDataModule):
             num_workers: Processes that prepare batches. With 0, the training process does.
             seed: Decides the order of the training rows and which of them are kept for validation.
         """
-        super().__init__()
+        check_arguments(locals())
+        super().__init__(max_prompt_length, long_prompts, as_chat)
         self.sources: dict[Split, Source] = {
             "train": train,
             "validation": validation,
             "test": test,
             "predict": test if predict is None else predict,
         }
+        self.weights = weights
         self.validation_fraction = validation_fraction
         self.limit = limit
+        self.streaming = streaming
+        self.shuffle_window = shuffle_window
+        self.skip_bad_rows = skip_bad_rows
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.max_prompt_length = max_prompt_length
-        self.long_prompts = long_prompts
-        self.as_chat = as_chat
         self.prompt_column = prompt_column
         self.tokenizer_name = tokenizer
         self.num_workers = num_workers
         self.seed = seed
         self.position = Position()
         self.examples: dict[Split, list[Example]] = {}
-        self.tokenizer: PreTrainedTokenizerBase  # set by setup
-        _check_arguments(self)
-
-    @abstractmethod
-    def choose_format(self, columns: list[str]) -> Format | None:
-        """How to read rows with these columns; None if no known format has what is needed."""
-
-    @abstractmethod
-    def encode(self, row: Row, data_format: Format) -> Example:
-        """Turn a row into token ids and whatever else its batch needs.
-
-        Raises:
-            UnusableRow: If the row is to be dropped.
-        """
+        self.source_sizes: list[int] = []
+        self.stream: list[Part] = []
 
     @abstractmethod
     def collator(self, pad_token_id: int) -> Callable[[list[Example]], Batch]:
         """The function that makes a batch of examples."""
-
-    @property
-    def column_arguments(self) -> str:
-        """Names of the arguments that name columns."""
-        return "prompt_column"
 
     @property
     def rank(self) -> int:
@@ -136,21 +146,26 @@ class TokenizedDataModule(LightningDataModule):
         """Read and tokenize the splits of a stage. A trainer that has taken no step yet begins with the first row."""
         if stage == "fit" and self.trainer is not None and self.trainer.global_step == 0:
             self.load_state_dict(asdict(Position()))
-        self._check_trainer()
+        self._check_trainer(stage)
         self.tokenizer = self._find_tokenizer()
         for split in SPLITS_OF_STAGE[stage]:
-            selected = self._select_rows(split)
-            if selected is not None:
-                rows, indices = selected
-                encode = partial(self.encode, data_format=self._check_format(split, rows.column_names))
-                self.examples[split] = encode_rows(split, rows, indices, encode)
-        if stage is not None:
+            if split == "train" and self.streaming:
+                self.stream = self._load(split, self.sources[split], streaming=True)
+            else:
+                self._read_split(split)
+        if stage is not None and not (stage == "fit" and self.stream):
             self._examples(SPLITS_OF_STAGE[stage][0])
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Batches of the training rows from the current position on."""
+        if self.stream:
+            return self._stream_loader()
         examples = self._examples("train")
-        order = TrainingOrder(len(examples), self.batch_size, self.rank, self.world_size, self.seed, self.position)
+        if self.weights is None:
+            rows_of_epoch = partial(shuffled_rows, num_rows=len(examples), seed=self.seed)
+        else:
+            rows_of_epoch = partial(mixed_rows, sizes=self.source_sizes, weights=self.weights, seed=self.seed)
+        order = TrainingOrder(len(examples), self.batch_size, self.rank, self.world_size, self.position, rows_of_epoch)
         if len(order) == 0:
             raise ValueError(
                 f"train has {len(examples)} usable rows, fewer than one batch of batch_size={self.batch_size} on each "
@@ -172,8 +187,12 @@ class TokenizedDataModule(LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Count a training batch as handed out."""
+        streamed_up_to = batch.pop(POSITION, None)
         if self.trainer is not None and self.trainer.training:
-            self.position.advance(self.batch_size * self.world_size, len(self._examples("train")))
+            if streamed_up_to is None:
+                self.position.advance(self.batch_size * self.world_size, len(self._examples("train")))
+            else:
+                self.load_state_dict(asdict(streamed_up_to))
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,30 +203,15 @@ class TokenizedDataModule(LightningDataModule):
         """Go on from a saved position."""
         self.position.epoch, self.position.rows = state_dict["epoch"], state_dict["rows"]
 
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Tokens of a prompt, no more than the longest length allowed.
-
-        Raises:
-            UnusableRow: If there are more and long prompts are dropped.
-        """
-        ids = encode_prompt(self.tokenizer, prompt)
-        if len(ids) > self.max_prompt_length and self.long_prompts == "drop":
-            raise UnusableRow(f"prompt above {self.max_prompt_length} tokens")
-        return ids[-self.max_prompt_length :]
-
-    def canonical_prompt(self, prompt: Prompt) -> Prompt:
-        """The prompt; messages if `as_chat`."""
-        return to_chat(prompt) if self.as_chat else prompt
-
-    def canonical_response(self, response: str) -> str:
-        """The response; without the blank that sets it off from a text prompt if `as_chat`."""
-        return response.strip() if self.as_chat else response
-
-    def _check_trainer(self) -> None:
+    def _check_trainer(self, stage: str | None) -> None:
         if self.world_size > 1 and cast(Any, self.trainer)._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 f"{type(self).__name__} splits its rows over the processes itself and the trainer would split them "
                 "again; set use_distributed_sampler to false in the trainer"
+            )
+        if stage == "fit" and self.streaming and self.trainer is not None and self.trainer.max_steps == -1:
+            raise ValueError(
+                "streaming needs trainer.max_steps, since the number of rows is not known before they are read; set it"
             )
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -221,32 +225,31 @@ class TokenizedDataModule(LightningDataModule):
                 "set tokenizer to a folder or a hub name"
             ) from None
 
-    def _select_rows(self, split: Split) -> tuple[Dataset, list[int]] | None:
-        """Rows of a split's source and the indices of those that belong to it; None without a source."""
+    def _load(self, split: Split, source: Source, streaming: bool = False) -> list[Part]:
+        """The parts of a split's source, whose formats are known."""
+        parts = [] if source is None else load_parts(source, streaming=streaming)
+        for part in parts:
+            self.check_format(split if isinstance(source, str) else f"{split}, {part.source}", list(part.columns))
+        return parts
+
+    def _read_split(self, split: Split) -> None:
+        """Read and tokenize the rows that belong to a split; nothing without a source."""
         is_cut = (
             split in ("train", "validation") and self.sources["validation"] is None and self.validation_fraction > 0
         )
-        source = self.sources["train" if is_cut else split]
-        if source is None:
-            return None
-        rows = load_rows(source)
+        parts = self._load(split, self.sources["train" if is_cut else split])
+        if not parts:
+            return
+        num_rows = sum(len(cast(Any, part.rows)) for part in parts)
         if self.limit is not None and (split == "train" or is_cut):
-            rows = rows.select(range(min(self.limit, len(rows))))
-        if not is_cut:
-            return rows, list(range(len(rows)))
-        shuffled = np.random.default_rng(self.seed).permutation(len(rows)).tolist()
-        held_out = max(1, round(len(rows) * self.validation_fraction))
-        return rows, sorted(shuffled[held_out:] if split == "train" else shuffled[:held_out])
-
-    def _check_format(self, split: Split, columns: list[str]) -> Format:
-        data_format = self.choose_format(columns)
-        if data_format is None or not set(columns).issuperset(data_format.columns):
-            lacking = "none of the known formats" if data_format is None else f"not all of {data_format.columns}"
-            raise ValueError(
-                f"{split}: the rows have the columns {columns}, {lacking}; "
-                f"set {self.column_arguments} to the names of columns that they have"
-            )
-        return data_format
+            num_rows = min(self.limit, num_rows)
+        fraction = self.validation_fraction if is_cut else 0.0
+        indices = split_rows(num_rows, fraction, self.seed)[split == "validation" and is_cut]
+        examples, sizes = encode_parts(split, parts, indices, self.encode, self.skip_bad_rows)
+        self.examples[split] = examples
+        if split == "train" and self.weights is not None:
+            check_sizes(sizes, cast(list[str], self.sources["train"]))
+            self.source_sizes = sizes
 
     def _examples(self, split: Split) -> list[Example]:
         if split not in self.examples:
@@ -265,6 +268,20 @@ class TokenizedDataModule(LightningDataModule):
         batches = EvenBatches(SequentialSampler(own), self.eval_batch_size, drop_last=False, num_batches=num_batches)
         return self._loader(own, batch_sampler=batches)
 
+    def _stream_loader(self) -> StreamLoader:
+        reader = copy(self)  # what the workers get: no trainer, no rows
+        reader.trainer, reader.examples = None, {}
+        return StreamLoader(
+            StreamedWindows(self.stream, reader.encode, self.shuffle_window, self.limit, self.seed),
+            self.batch_size,
+            self.rank,
+            self.world_size,
+            self.position,
+            self.collator(cast(int, self.tokenizer.pad_token_id)),
+            self.num_workers,
+            self.skip_bad_rows,
+        )
+
     def _loader(self, examples: list[Example], **order: Any) -> DataLoader[Any]:
         """A loader that draws nothing from the global random generator, on which dropout may depend."""
         return ResumableLoader(
@@ -273,24 +290,4 @@ class TokenizedDataModule(LightningDataModule):
             collate_fn=self.collator(cast(int, self.tokenizer.pad_token_id)),
             generator=torch.Generator().manual_seed(self.seed),
             **order,
-        )
-
-
-def _check_arguments(module: TokenizedDataModule) -> None:
-    for name in ("batch_size", "eval_batch_size", "max_prompt_length", "limit"):
-        value = vars(module)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= module.validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be in [0, 1), got {module.validation_fraction}")
-    if module.seed < 0:
-        raise ValueError(f"seed must not be negative, got {module.seed}")
-
-
-def check_lengths(max_prompt_length: int, max_length: int) -> None:
-    """Raise a `ValueError` if the limits leave no room for a response."""
-    if max_length <= max_prompt_length:
-        raise ValueError(
-            f"max_length must exceed max_prompt_length to leave room for a response, got {max_length} and "
-            f"{max_prompt_length}; raise max_length or lower max_prompt_length"
         )

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from remax_lightning.data.base import Batch, TokenizedDataModule, check_lengths
+from remax_lightning.data.arguments import check_lengths
+from remax_lightning.data.base import Batch, TokenizedDataModule
+from remax_lightning.data.encoding import Text, Tokens
 from remax_lightning.data.formats import Format, Row, column_format, find_format
 from remax_lightning.data.reading import Example
 from remax_lightning.functional.sequence import length_mask, right_pad
-from remax_lightning.models.tokenizer import encode_response
 
 
 class DemonstrationDataModule(TokenizedDataModule):
@@ -47,13 +48,15 @@ class DemonstrationDataModule(TokenizedDataModule):
             return column_format(self.prompt_column or "prompt", self.response_column or "response")
         return find_format(columns, "responses")
 
-    def encode(self, row: Row, data_format: Format) -> Example:
-        """Tokens of the prompt and as much of the response as fits."""
+    def read(self, row: Row, data_format: Format) -> Text:
+        """The prompt and its response."""
         prompt, response = data_format.demonstration(row)
-        prompt, response = self.canonical_prompt(prompt), self.canonical_response(response)
-        prompt_ids = self.encode_prompt(prompt)
-        ids = prompt_ids + encode_response(self.tokenizer, prompt, response)
-        return {"input_ids": array("i", ids[: self.max_length]), "prompt_length": len(prompt_ids)}
+        return Text(self.canonical_prompt(prompt), (self.canonical_response(response),))
+
+    def build(self, row: Row, text: Text, tokens: Tokens) -> Example:
+        """Tokens of the prompt and as much of the response as fits."""
+        ids = tokens.prompt_ids + tokens.response_ids[0]
+        return {"input_ids": array("i", ids[: self.max_length]), "prompt_length": len(tokens.prompt_ids)}
 
     def collator(self, pad_token_id: int) -> Callable[[list[Example]], Batch]:
         """See `collate_demonstrations`."""

@@ -203,6 +203,12 @@ def _instruction(row: Row) -> object:
     return f"{instruction}\n\n{context}" if instruction and context else instruction
 
 
+def _first_turn(row: Row) -> object:
+    """The first of the user's turns (MT-bench)."""
+    turns = row["turns"]
+    return turns[0] if isinstance(turns, list) and turns else turns
+
+
 _CHOSEN, _REJECTED = _dialogue_reader("chosen"), _dialogue_reader("rejected")
 
 FORMATS = (
@@ -215,4 +221,5 @@ FORMATS = (
     column_format("question", "answer"),
     column_format("prompt", "response"),
     column_format("prompt"),
+    Format(("turns",), _first_turn),
 )

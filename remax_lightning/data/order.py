@@ -1,6 +1,6 @@
 """Which rows a process reads, in which order, and from where a resumed run goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ class Position:
 
     Args:
         epoch: Passes over the rows that are complete.
-        rows: Rows handed out in this epoch, over all processes.
+        rows: Rows handed out in this epoch, over all processes; of a stream, rows read for them, dropped ones too.
     """
 
     epoch: int = 0
@@ -32,46 +32,103 @@ class Position:
             self.epoch, self.rows = self.epoch + 1, 0
 
 
+def shuffled_rows(epoch: int, num_rows: int, seed: int) -> np.ndarray:
+    """An epoch that has each of the rows once: their indices, (num_rows,)."""
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+
+
+def mixed_rows(epoch: int, sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
+    """An epoch that has as many rows as all sources together, of each source in proportion to its weight.
+
+    A source goes through its own rows in passes, each a new permutation, and goes on with a pass in the next epoch: no
+    row comes a second time before all others of its source have come.
+
+    Args:
+        epoch: Number of the epoch, from 0.
+        sizes: Rows of each source.
+        weights: Weight of each source; only their proportions matter.
+        seed: Together with the epoch, decides the order.
+
+    Returns:
+        Indices into the rows of the sources one after another, (sum of sizes,).
+    """
+    first_rows = np.cumsum([0, *sizes[:-1]])
+    rows = []
+    for source, (size, count) in enumerate(zip(sizes, rows_per_epoch(sizes, weights), strict=True)):
+        start, end = epoch * count, (epoch + 1) * count
+        passes = range(start // size, -(-end // size))
+        order = [np.random.default_rng((seed, source, number)).permutation(size) for number in passes]
+        skipped = start - start // size * size
+        drawn = np.concatenate([np.empty(0, dtype=np.int64), *order])[skipped : skipped + count]
+        rows.append(first_rows[source] + drawn)
+    drawn_rows = np.concatenate(rows)
+    return drawn_rows[np.random.default_rng((seed, epoch)).permutation(len(drawn_rows))]
+
+
+def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Rows of each source in an epoch, in proportion to its weight; they add up to the rows of all sources."""
+    shares = np.array(weights, dtype=float) / sum(weights) * sum(sizes)
+    counts = np.floor(shares).astype(int)
+    largest = np.argsort(counts - shares, kind="stable")[: sum(sizes) - counts.sum()]
+    counts[largest] += 1
+    return counts.tolist()
+
+
 class TrainingOrder(Sampler[int]):
-    """This process's rows from a position on, as many as an epoch has, in an order set by the seed and the epoch only.
+    """This process's rows from a position on, as many as an epoch has, in an order that the epoch decides.
 
     Of each global batch of `batch_size * world_size` rows, process `rank` takes every `world_size`-th row. An
-    incomplete last batch is left out. From the end of one permutation the order goes on into the next: the trainer ends
-    its epochs by its own count, which a limit on the batches or another number of processes sets off from the position.
+    incomplete last batch is left out. From the end of one epoch the order goes on into the next: the trainer ends its
+    epochs by its own count, which a limit on the batches or another number of processes sets off from the position.
 
     Args:
         num_rows: Rows of the training set.
         batch_size: Rows per process and step.
         rank: This process.
         world_size: Number of processes.
-        seed: Together with the epoch, decides the permutation.
         position: Read whenever an iteration begins; advanced by whoever hands out the batches.
+        rows_of_epoch: The rows of an epoch with this number, (num_rows,): all of them, or some of them several times.
     """
 
     def __init__(
-        self, num_rows: int, batch_size: int, rank: int, world_size: int, seed: int, position: Position
+        self,
+        num_rows: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        position: Position,
+        rows_of_epoch: Callable[[int], np.ndarray],
     ) -> None:
         self.num_rows = num_rows
         self.global_batch_size = batch_size * world_size
         self.rank = rank
         self.world_size = world_size
-        self.seed = seed
         self.position = position
+        self.rows_of_epoch = rows_of_epoch
 
     def __iter__(self) -> Iterator[int]:
         position = replace(self.position)
-        epoch, permutation = -1, np.empty(0, dtype=np.int64)
+        epoch, rows = -1, np.empty(0, dtype=np.int64)
         for _ in range(self.num_rows // self.global_batch_size):
             position.leave_finished_epoch(self.global_batch_size, self.num_rows)
             if position.epoch != epoch:
                 epoch = position.epoch
-                permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
-            global_batch = permutation[position.rows : position.rows + self.global_batch_size]
+                rows = self.rows_of_epoch(epoch)
+            global_batch = rows[position.rows : position.rows + self.global_batch_size]
             yield from global_batch[self.rank :: self.world_size].tolist()
             position.advance(self.global_batch_size, self.num_rows)
 
     def __len__(self) -> int:
         return self.num_rows // self.global_batch_size * (self.global_batch_size // self.world_size)
+
+
+def split_rows(num_rows: int, held_out_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the rows to train on and of those held out, at least one if any are, each in ascending order."""
+    if held_out_fraction == 0:
+        return list(range(num_rows)), []
+    shuffled = np.random.default_rng(seed).permutation(num_rows).tolist()
+    held_out = max(1, round(num_rows * held_out_fraction))
+    return sorted(shuffled[held_out:]), sorted(shuffled[:held_out])
 
 
 class EvenBatches(BatchSampler):

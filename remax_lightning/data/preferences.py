@@ -5,11 +5,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from remax_lightning.data.base import Batch, TokenizedDataModule, check_lengths
+from remax_lightning.data.arguments import check_lengths
+from remax_lightning.data.base import Batch, TokenizedDataModule
+from remax_lightning.data.encoding import Text, Tokens
 from remax_lightning.data.formats import Format, Row, UnusableRow, column_format, find_format
 from remax_lightning.data.reading import Example
 from remax_lightning.functional.sequence import right_pad
-from remax_lightning.models.tokenizer import encode_response
 
 
 class PreferenceDataModule(TokenizedDataModule):
@@ -53,15 +54,15 @@ class PreferenceDataModule(TokenizedDataModule):
             return column_format(self.prompt_column or "prompt", pair=pair)
         return find_format(columns, "pairs")
 
-    def encode(self, row: Row, data_format: Format) -> Example:
+    def read(self, row: Row, data_format: Format) -> Text:
+        """The prompt, the chosen and the rejected response."""
+        prompt, chosen, rejected = data_format.preference(row)
+        responses = self.canonical_response(chosen), self.canonical_response(rejected)
+        return Text(self.canonical_prompt(prompt), responses)
+
+    def build(self, row: Row, text: Text, tokens: Tokens) -> Example:
         """Tokens of both sequences."""
-        prompt, *responses = data_format.preference(row)
-        prompt = self.canonical_prompt(prompt)
-        prompt_ids = self.encode_prompt(prompt)
-        chosen, rejected = (
-            prompt_ids + encode_response(self.tokenizer, prompt, self.canonical_response(response))
-            for response in responses
-        )
+        chosen, rejected = (tokens.prompt_ids + response_ids for response_ids in tokens.response_ids)
         if max(len(chosen), len(rejected)) > self.max_length:
             raise UnusableRow(f"prompt and response above {self.max_length} tokens")
         return {"chosen_ids": array("i", chosen), "rejected_ids": array("i", rejected)}

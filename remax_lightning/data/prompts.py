@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from remax_lightning.data.base import Batch, TokenizedDataModule
+from remax_lightning.data.encoding import Text, Tokens
 from remax_lightning.data.formats import Format, Row, column_format, find_format
 from remax_lightning.data.reading import Example
 from remax_lightning.functional.sequence import left_pad
@@ -23,10 +24,13 @@ class PromptDataModule(TokenizedDataModule):
         """The explicit column, or a known format."""
         return column_format(self.prompt_column) if self.prompt_column else find_format(columns, "prompts")
 
-    def encode(self, row: Row, data_format: Format) -> Example:
+    def read(self, row: Row, data_format: Format) -> Text:
+        """The prompt."""
+        return Text(self.canonical_prompt(data_format.prompt(row)))
+
+    def build(self, row: Row, text: Text, tokens: Tokens) -> Example:
         """The row, its canonical prompt and that prompt's tokens."""
-        prompt = self.canonical_prompt(data_format.prompt(row))
-        return {**row, "prompt": prompt, "prompt_ids": array("i", self.encode_prompt(prompt))}
+        return {**row, "prompt": text.prompt, "prompt_ids": array("i", tokens.prompt_ids)}
 
     def collator(self, pad_token_id: int) -> Callable[[list[Example]], Batch]:
         """See `collate_prompts`."""
@@ -44,6 +48,7 @@ def collate_prompts(examples: list[Example], pad_token_id: int) -> Batch:
         `prompt_ids` (B, P), `prompt_mask` (B, P), `prompt_index` (B,) and the other keys as lists.
     """
     prompt_ids, prompt_mask = left_pad([example["prompt_ids"] for example in examples], pad_token_id)
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    names = dict.fromkeys(name for example in examples for name in example)
+    columns = {name: [example.get(name) for example in examples] for name in names}
     prompt_index = torch.tensor(columns["prompt_index"])
     return {**columns, "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "prompt_index": prompt_index}

@@ -30,9 +30,9 @@ class TrainableModule(LightningModule):
         optimizer: Optimizer of the model's parameters; weight decay is left off norms and biases.
         lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
         warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
-        micro_batch_size: Rows for each forward and backward pass; the update does not depend on it, the memory does.
-            The default is the whole batch.
-        max_grad_norm: The gradient is scaled down to this norm; the default leaves it as it is.
+        micro_batch_size: Rows (responses, pairs) for each forward and backward pass; the update does not depend on it,
+            the memory does. The default is the whole batch.
+        max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -41,10 +41,10 @@ class TrainableModule(LightningModule):
     def __init__(
         self,
         optimizer: OptimizerCallable,
-        lr_schedule: LearningRateSchedule,
-        warmup_fraction: float,
-        micro_batch_size: int | None,
-        max_grad_norm: float | None,
+        lr_schedule: LearningRateSchedule = "cosine",
+        warmup_fraction: float = 0.0,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= warmup_fraction < 1:

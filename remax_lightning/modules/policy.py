@@ -3,13 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from remax_lightning.models.language_model import load_language_model, response_logits, stop_token_ids
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule, TrainableModule
+from remax_lightning.modules.base import TrainableModule
 from remax_lightning.rollout import Rollout, RolloutEngine, Sampling, TransformersEngine
 
 
@@ -19,30 +18,17 @@ class PolicyModule(TrainableModule):
     Args:
         policy: The model to train.
         sampling: How its responses are drawn.
-        engine: What draws them.
-        seed: Key of all sampled responses.
-        optimizer: As in TrainableModule, like the rest.
-        lr_schedule: As there.
-        warmup_fraction: As there.
-        micro_batch_size: As there.
-        max_grad_norm: As there.
+        engine: What draws them; the default is the embedded engine, which decodes with the policy itself.
+        seed: Key of all sampled responses: they are a function of the weights, this seed, the step and the prompt.
+        **kwargs: As in TrainableModule.
     """
 
     policy: PreTrainedModel
 
     def __init__(
-        self,
-        policy: ModelSource,
-        sampling: Sampling,
-        engine: RolloutEngine | None,
-        seed: int,
-        optimizer: OptimizerCallable,
-        lr_schedule: LearningRateSchedule,
-        warmup_fraction: float,
-        micro_batch_size: int | None,
-        max_grad_norm: float | None,
+        self, policy: ModelSource, sampling: Sampling, engine: RolloutEngine | None = None, seed: int = 0, **kwargs: Any
     ) -> None:
-        super().__init__(optimizer, lr_schedule, warmup_fraction, micro_batch_size, max_grad_norm)
+        super().__init__(**kwargs)
         self.policy_source, self.sampling, self.seed = policy, sampling, seed
         self.engine = TransformersEngine() if engine is None else engine
         self.tokenizer = policy.load_tokenizer()

@@ -6,58 +6,28 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from remax_lightning.functional.log_probs import entropy, token_log_probs
 from remax_lightning.functional.losses import policy_gradient_loss
-from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule
 from remax_lightning.modules.policy import logits_of
 from remax_lightning.modules.scored_policy import ScoredPolicyModule, response_kl
-from remax_lightning.rewards import Reward
-from remax_lightning.rollout import Rollout, RolloutEngine, Sampling
+from remax_lightning.rollout import Rollout
 
 
 class PolicyGradientModule(ScoredPolicyModule):
     """A policy that learns from the rewards of its own responses.
 
     A method overrides ``collect`` (what is sampled and scored), ``advantages`` (a number for each response token) and
-    at most ``loss``. The arguments are described where the user meets them, in the methods such as ReMax.
+    at most ``loss``.
+
+    Args:
+        missing_stop_penalty: Taken from the reward of a response that did not end within its longest length.
+        **kwargs: As in ScoredPolicyModule.
     """
 
-    def __init__(
-        self,
-        policy: ModelSource,
-        reward: Reward,
-        sampling: Sampling,
-        reference: ModelSource | None,
-        judge: Reward | None,
-        kl_coef: float,
-        missing_stop_penalty: float,
-        engine: RolloutEngine | None,
-        seed: int,
-        optimizer: OptimizerCallable,
-        lr_schedule: LearningRateSchedule,
-        warmup_fraction: float,
-        micro_batch_size: int | None,
-        max_grad_norm: float | None,
-    ) -> None:
-        super().__init__(
-            policy,
-            reward,
-            sampling,
-            reference,
-            judge,
-            kl_coef,
-            engine,
-            seed,
-            optimizer,
-            lr_schedule,
-            warmup_fraction,
-            micro_batch_size,
-            max_grad_norm,
-        )
+    def __init__(self, missing_stop_penalty: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if missing_stop_penalty < 0:
             raise ValueError(f"missing_stop_penalty is taken from the reward: 0 or more, got {missing_stop_penalty}")
         self.missing_stop_penalty = missing_stop_penalty

@@ -12,39 +12,24 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from remax_lightning.functional.advantages import KLForm, check_remax_arguments, remax_advantages
-from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
-from remax_lightning.rewards import Reward
-from remax_lightning.rollout import Rollout, RolloutEngine, Sampling
+from remax_lightning.rollout import Rollout
 
 
 class ReMax(PolicyGradientModule):
     """ReMax: for each prompt a sampled response y and the greedy one g; the gradient of log p(y) times r(y) - r(g).
 
+    Of several samples of a prompt (``sampling.num_samples``) each has the one greedy response as its baseline.
+
     Args:
-        policy: The model to train, usually the ``hf`` folder of an SFT run.
-        reward: What a response is worth.
-        sampling: How responses are drawn. The samples of one prompt (``num_samples``) share its greedy baseline.
-        reference: The policy that the KL penalty holds on to; the default is the policy as it starts.
-        judge: A second reward that training never sees; validation and test report it.
-        kl_coef: Weight of the KL penalty, reward per nat; at 0 no reference is loaded.
         kl_form: ``full_step``: a token answers for the KL from itself to the end, the gradient of reward minus
             kl_coef times KL. ``one_step``: for its own alone, as in the official code.
         gamma: The k-th token from the end gets the advantage times gamma to the k, counted from 1.
         reward_clip: Bound of |r(y) - r(g)|; the default is none. The official recipes have 5, and 1 for Mistral.
-        missing_stop_penalty: Taken from the reward of a response that did not end within its longest length, sampled
-            or greedy.
         greedy_max_new_tokens: Longest greedy response. The paper's fast variant has half of ``max_new_tokens``: the
             baseline stays valid, since it still does not depend on the sample.
-        engine: What draws the responses; the default is the embedded engine, which decodes with the policy itself.
-        seed: Key of all sampled responses: they are a function of the weights, this seed, the step and the prompt.
         optimizer: Optimizer of the policy; weight decay is left off norms and biases.
-        lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
-        warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
-        micro_batch_size: Responses for each forward and backward pass; the update does not depend on it, the memory
-            does. The default is all.
-        max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
+        **kwargs: As in PolicyGradientModule.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -52,42 +37,15 @@ class ReMax(PolicyGradientModule):
 
     def __init__(
         self,
-        policy: ModelSource,
-        reward: Reward,
-        sampling: Sampling,
-        reference: ModelSource | None = None,
-        judge: Reward | None = None,
-        kl_coef: float = 0.05,
         kl_form: KLForm = "full_step",
         gamma: float = 1.0,
         reward_clip: float | None = None,
-        missing_stop_penalty: float = 0.0,
         greedy_max_new_tokens: int | None = None,
-        engine: RolloutEngine | None = None,
-        seed: int = 0,
         optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1),
-        lr_schedule: LearningRateSchedule = "cosine",
-        warmup_fraction: float = 0.0,
-        micro_batch_size: int | None = None,
-        max_grad_norm: float | None = 1.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            policy,
-            reward,
-            sampling,
-            reference,
-            judge,
-            kl_coef,
-            missing_stop_penalty,
-            engine,
-            seed,
-            optimizer,
-            lr_schedule,
-            warmup_fraction,
-            micro_batch_size,
-            max_grad_norm,
-        )
-        check_remax_arguments(kl_coef, kl_form, gamma, reward_clip)
+        super().__init__(optimizer=optimizer, **kwargs)
+        check_remax_arguments(self.kl_coef, kl_form, gamma, reward_clip)
         if greedy_max_new_tokens is not None and greedy_max_new_tokens < 1:
             raise ValueError(f"greedy_max_new_tokens must be at least 1, got {greedy_max_new_tokens}")
         self.kl_form, self.gamma, self.reward_clip = kl_form, gamma, reward_clip

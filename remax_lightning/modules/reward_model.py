@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from remax_lightning.functional.losses import bradley_terry_loss
 from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule, TrainableModule
+from remax_lightning.modules.base import TrainableModule
 
 
 class RewardModel(TrainableModule):
@@ -23,11 +23,7 @@ class RewardModel(TrainableModule):
     Args:
         model: A causal language model to put a new scalar head on, a reward model to train further, or a configuration.
         optimizer: Optimizer of the model; weight decay is left off norms and biases.
-        lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
-        warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
-        micro_batch_size: Pairs for each forward and backward pass; the update does not depend on it, the memory does.
-            The default is all.
-        max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
+        **kwargs: As in TrainableModule.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -39,12 +35,9 @@ class RewardModel(TrainableModule):
         self,
         model: ModelSource,
         optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1),
-        lr_schedule: LearningRateSchedule = "cosine",
-        warmup_fraction: float = 0.0,
-        micro_batch_size: int | None = None,
-        max_grad_norm: float | None = 1.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(optimizer, lr_schedule, warmup_fraction, micro_batch_size, max_grad_norm)
+        super().__init__(optimizer=optimizer, **kwargs)
         self.model_source = model
         self.tokenizer = model.load_tokenizer()
 

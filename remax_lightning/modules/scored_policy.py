@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,10 +11,9 @@ from transformers import PreTrainedModel
 from remax_lightning.functional.log_probs import kl_k1, token_log_probs
 from remax_lightning.models.language_model import freeze, frozen_copy, load_language_model
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule
 from remax_lightning.modules.policy import PolicyModule, logits_of, raw_columns, rows_of
 from remax_lightning.rewards import Reward
-from remax_lightning.rollout import Rollout, RolloutEngine, Sampling
+from remax_lightning.rollout import Rollout
 
 LARGEST_REWARD = 1e6
 """A reward beyond this size is an error, not a judgement: its row is dropped like one without a finite reward."""
@@ -24,38 +22,26 @@ LARGEST_REWARD = 1e6
 class ScoredPolicyModule(PolicyModule):
     """A policy whose responses are scored, and compared with those of a reference policy.
 
-    The arguments are described where the user meets them, in the methods such as ReMax.
+    Args:
+        reward: What a response is worth.
+        reference: The policy that the KL penalty holds on to; the default is the policy as it starts.
+        judge: A second reward that training never sees; validation and test report it.
+        kl_coef: Weight of the KL penalty, reward per nat; at 0 no reference is loaded.
+        **kwargs: As in PolicyModule.
     """
 
     reference: PreTrainedModel | None
 
     def __init__(
         self,
-        policy: ModelSource,
         reward: Reward,
-        sampling: Sampling,
-        reference: ModelSource | None,
-        judge: Reward | None,
-        kl_coef: float,
-        engine: RolloutEngine | None,
-        seed: int,
-        optimizer: OptimizerCallable,
-        lr_schedule: LearningRateSchedule,
-        warmup_fraction: float,
-        micro_batch_size: int | None,
-        max_grad_norm: float | None,
+        reference: ModelSource | None = None,
+        judge: Reward | None = None,
+        kl_coef: float = 0.05,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            policy,
-            sampling,
-            engine,
-            seed,
-            optimizer,
-            lr_schedule,
-            warmup_fraction,
-            micro_batch_size,
-            max_grad_norm,
-        )
+        super().__init__(**kwargs)
+        sampling = self.sampling
         if kl_coef < 0:
             raise ValueError(f"kl_coef must be 0 (no reference) or positive, got {kl_coef}")
         if reference is not None and kl_coef == 0:

@@ -1,31 +1,24 @@
 """Supervised fine-tuning: the policy learns to write the demonstrated responses."""
 
+from typing import Any
+
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
 from remax_lightning.functional.log_probs import token_log_probs
 from remax_lightning.functional.losses import next_token_loss
-from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.base import LearningRateSchedule
 from remax_lightning.modules.policy import PolicyModule
-from remax_lightning.rollout import RolloutEngine, Sampling
+from remax_lightning.rollout import Sampling
 
 
 class SFT(PolicyModule):
     """Supervised fine-tuning on demonstrations; the loss is the mean over all response tokens of the global batch.
 
     Args:
-        policy: The model to train.
         sampling: How ``predict`` draws responses.
-        engine: What draws them; the default is the embedded engine, which decodes with the policy itself.
-        seed: Key of the sampled responses.
         optimizer: Optimizer of the policy; weight decay is left off norms and biases.
-        lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
-        warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
-        micro_batch_size: Rows for each forward and backward pass; the update does not depend on it, the memory does.
-            The default is all.
-        max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
+        **kwargs: As in PolicyModule.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -33,27 +26,11 @@ class SFT(PolicyModule):
 
     def __init__(
         self,
-        policy: ModelSource,
         sampling: Sampling = Sampling(max_new_tokens=256),
-        engine: RolloutEngine | None = None,
-        seed: int = 0,
         optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0),
-        lr_schedule: LearningRateSchedule = "cosine",
-        warmup_fraction: float = 0.0,
-        micro_batch_size: int | None = None,
-        max_grad_norm: float | None = 1.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            policy,
-            sampling,
-            engine,
-            seed,
-            optimizer,
-            lr_schedule,
-            warmup_fraction,
-            micro_batch_size,
-            max_grad_norm,
-        )
+        super().__init__(sampling=sampling, optimizer=optimizer, **kwargs)
 
     def log_probs(self, batch: dict[str, Tensor]) -> Tensor:
         """Log-prob of each token but the first, given those before it, nats, (B, L - 1)."""

@@ -37,7 +37,7 @@ def names(folder: Path) -> set[str]:
 
 
 def steps_of(folder: Path) -> dict[str, int]:
-    return {path.name: torch.load(path, weights_only=True)["global_step"] for path in folder.iterdir()}
+    return {path.name: torch.load(path, weights_only=True)["global_step"] for path in folder.glob("*.ckpt")}
 
 
 def test_export_at_the_end_of_fit(policy: str, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_no_export_without_a_fit(policy: str, tmp_path: Path) -> None:
 def test_the_last_step_is_saved(policy: str, tmp_path: Path, every: int | None, steps: int) -> None:
     folder = tmp_path / "checkpoints"
     module = fit(policy, tmp_path / "run", steps, Checkpoint(dirpath=str(folder), every_n_train_steps=every))
-    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(folder / f"step={steps}.ckpt", weights_only=True)
     assert checkpoint["global_step"] == steps
     for name, weight in module.state_dict().items():
         assert torch.equal(checkpoint["state_dict"][name], weight)
@@ -91,7 +91,7 @@ def test_a_resumed_run_is_the_whole_run(policy: str, tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer: Any, *args: object) -> None:
             seen.append(trainer.global_step)
 
-    resumed = fit(policy, tmp_path / "part", 5, Steps(), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    resumed = fit(policy, tmp_path / "part", 5, Steps(), ckpt_path=str(tmp_path / "checkpoints" / "step=3.ckpt"))
     assert seen == [3, 4]
     assert tiny.are_equal(tiny.weights(whole.policy), tiny.weights(resumed.policy))
 
@@ -102,50 +102,54 @@ def test_the_reference_of_a_resumed_run_is_the_first_policy(policy: str, tmp_pat
     module = tiny.remax(policy, kl_coef=0.1, optimizer=adam)
     tiny.trainer(tmp_path, 2, [checkpoint], enable_checkpointing=True).fit(module, datamodule=data)
     resumed = tiny.remax(policy, kl_coef=0.1, optimizer=adam)
-    path = str(tmp_path / "checkpoints" / "last.ckpt")
+    path = str(tmp_path / "checkpoints" / "step=2.ckpt")
     tiny.trainer(tmp_path, 3).fit(resumed, datamodule=data, ckpt_path=path)
     assert resumed.reference is not None
     first = AutoModelForCausalLM.from_pretrained(policy)
     assert tiny.are_equal(tiny.weights(resumed.reference), tiny.weights(first))
 
 
-def test_every_n_train_steps_and_save_top_k(policy: str, tmp_path: Path) -> None:
-    expected = {
-        (1, -1): {"step=1.ckpt": 1, "step=2.ckpt": 2, "step=3.ckpt": 3, "last.ckpt": 3},
-        (1, 1): {"step=3.ckpt": 3, "last.ckpt": 3},
-        (2, -1): {"step=2.ckpt": 2, "last.ckpt": 3},
-        (1, 0): {"last.ckpt": 3},
+def test_which_checkpoints_are_kept(policy: str, tmp_path: Path) -> None:
+    expected: dict[tuple[int, int, int], set[int]] = {
+        (1, -1, 1): {1, 2, 3, 4},
+        (1, 1, 2): {3, 4},
+        (1, 0, 1): {4},
+        (3, 1, 2): {3, 4},
+        (2, 1, 3): {2, 4},
     }
-    for (every, top_k), files in expected.items():
-        folder = tmp_path / f"{every}_{top_k}"
-        fit(policy, tmp_path / "run", 3, Checkpoint(dirpath=str(folder), every_n_train_steps=every, save_top_k=top_k))
-        assert steps_of(folder) == files, (every, top_k)
+    for (every, top_k, keep_last), steps in expected.items():
+        folder = tmp_path / f"{every}_{top_k}_{keep_last}"
+        options = {"every_n_train_steps": every, "save_top_k": top_k, "keep_last": keep_last}
+        fit(policy, tmp_path / "run", 4, Checkpoint(dirpath=str(folder), **options))
+        assert steps_of(folder) == {f"step={step}.ckpt": step for step in steps}, (every, top_k, keep_last)
+        assert names(folder) == {f"step={step}.ckpt{suffix}" for step in steps for suffix in ("", ".json")}
 
 
 def test_monitor_and_mode_choose_the_best(policy: str, tmp_path: Path) -> None:
     validate = {"val_check_interval": 1, "check_val_every_n_epoch": None}
-    kept = {}
-    for mode in ("max", "min"):
-        history = tiny.History()
-        folder = tmp_path / mode
-        checkpoint = Checkpoint(dirpath=str(folder), monitor="val/reward", mode=mode)
+    for mode, best in (("max", max), ("min", min)):
+        scores: dict[str, float] = {}
+
+        class Scores(Callback):
+            def on_validation_end(self, trainer: Any, *args: object, scores: dict[str, float] = scores) -> None:
+                scores[f"step={trainer.global_step}.ckpt"] = float(trainer.callback_metrics["val/reward"])
+
+        checkpoint = Checkpoint(dirpath=str(tmp_path / mode), monitor="val/reward", mode=mode, keep_last=1)
         module = tiny.remax(policy, optimizer=adam)
         data = tiny.prompt_data(tmp_path, batch_size=2)
         data.sources["validation"] = data.sources["train"]
-        trainer = tiny.trainer(tmp_path, 4, [history, checkpoint], enable_checkpointing=True, **validate)
+        trainer = tiny.trainer(tmp_path, 5, [Scores(), checkpoint], enable_checkpointing=True, **validate)
         trainer.fit(module, datamodule=data)
-        best = [name for name in names(folder) if name != "last.ckpt"]
-        assert len(best) == 1
-        kept[mode] = float(checkpoint.best_model_score)  # type: ignore[arg-type]
-        assert steps_of(folder)["last.ckpt"] == 4
-    assert kept["max"] > kept["min"]
+        assert len(set(scores.values())) == 5
+        assert set(steps_of(tmp_path / mode)) == {best(scores, key=lambda name: scores[name]), "step=5.ckpt"}
+        assert Path(checkpoint.best_model_path).name == best(scores, key=lambda name: scores[name])
 
 
 def test_save_weights_only(policy: str, tmp_path: Path) -> None:
     for weights_only in (False, True):
         folder = tmp_path / str(weights_only)
         fit(policy, tmp_path / "run", 1, Checkpoint(dirpath=str(folder), save_weights_only=weights_only))
-        checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+        checkpoint = torch.load(folder / "step=1.ckpt", weights_only=True)
         assert ("optimizer_states" in checkpoint) is not weights_only
 
 

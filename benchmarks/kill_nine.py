@@ -1,0 +1,244 @@
+"""``kill -9`` at random moments of a small run, resumed each time with ``--ckpt_path last``, on several file systems.
+
+ReMax on the quickstart's world, a tiny Llama with random weights, the gold reward; a checkpoint after every step, so
+that many kills fall into a save: half of them are aimed there, a quarter come while the run starts, a quarter at any
+moment. The final weights have to be bitwise those of a run that was never killed. The command line is imported once,
+by a process that forks for each start, so that a start takes a second and not ten.
+
+    python benchmarks/kill_nine.py --kills 20 --folders /tmp /dev/shm --output benchmarks/results/kill_nine.json
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from machine import machine
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from remax_lightning import cli
+from remax_lightning.callbacks.safe_checkpoint_io import PARTIAL_SUFFIX, SUFFIX, fault, manifests, read_manifest
+from remax_lightning.data.toy import write_world
+
+LIMIT = 300  # seconds that one start may take
+SAVE_SECONDS = 0.05  # about as long as a save takes
+
+
+def write_config(folder: Path, steps: int, hidden_size: int) -> Path:
+    """The world and the configuration of a run in a folder."""
+    write_world(str(folder / "world"), num_demonstrations=8, num_preferences=8, num_prompts=64, num_held_out=8)
+    llama = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": 2}
+    model = {
+        "policy": {
+            "tokenizer": str(folder / "world" / "tokenizer"),
+            "config": {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, **llama},
+        },
+        "reward": {"class_path": "FunctionReward", "init_args": {"function": "remax_lightning.data.toy.gold_reward"}},
+        "sampling": {"max_new_tokens": 16},
+        "kl_coef": 0.05,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
+    }
+    prompts = {name: str(folder / "world" / f"{file}.jsonl") for name, file in FILES.items()}
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "default_root_dir": str(folder),
+            "val_check_interval": 5,
+            "check_val_every_n_epoch": None,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "checkpoint": {"every_n_train_steps": 1},
+        "model": {"class_path": "ReMax", "init_args": model},
+        "data": {"class_path": "PromptDataModule", "init_args": {**prompts, "batch_size": 8}},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+FILES = {"train": "prompts", "validation": "prompts_held_out"}
+
+
+def start(config: Path, *arguments: str) -> int:
+    """Fork a process that runs ``fit``; its number."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    with contextlib.suppress(BaseException), open(config.parent / "log.txt", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        os.setsid()
+        try:
+            cli.main(["fit", "--config", str(config), *arguments])
+            status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+    os._exit(status)
+
+
+def wait(process: int, seconds: float, *, until: Callable[[], bool] = lambda: False) -> int | None:
+    """Exit status of a process; None if it still runs when time is up or something has happened."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not until():
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    return None
+
+
+def run_whole(config: Path) -> float:
+    """A run that is left alone; its seconds."""
+    begin = time.monotonic()
+    status = wait(start(config), LIMIT)
+    if status != 0:
+        raise RuntimeError(f"the run that was left alone ended with {status}; see {config.parent / 'log.txt'}")
+    return time.monotonic() - begin
+
+
+def run_killed(config: Path, kills: int, per_step: float, rng: random.Random) -> dict[str, Any]:
+    """A run that is killed so many times, each some steps after it has gone on, and resumed; what was seen."""
+    folder = config.parent / "checkpoints"
+    seen = {"kills": 0, "while_saving": 0, "newest_incomplete": 0, "starts": 0}
+    begin = time.monotonic()
+    while True:
+        process = start(config, "--ckpt_path", "last")
+        seen["starts"] += 1
+        before = newest_time(folder)
+        moment = rng.random()
+        if seen["kills"] == kills:
+            status = wait(process, LIMIT)
+        elif moment < 0.25:
+            status = wait(process, rng.uniform(0, 2))
+        else:
+            status = wait(process, LIMIT, until=partial(is_newer, folder, before))
+            if status is None and moment > 0.5:
+                status = wait(process, LIMIT, until=partial(is_saving, folder))
+            if status is None:
+                status = wait(process, rng.uniform(0, SAVE_SECONDS if moment > 0.5 else 1.5 * per_step))
+        if status is not None:
+            if status != 0:
+                raise RuntimeError(f"the resumed run ended with {status}; see {config.parent / 'log.txt'}")
+            return {**seen, "seconds": time.monotonic() - begin}
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        seen["kills"] += 1
+        look(folder, seen)
+
+
+def is_newer(folder: Path, before: int) -> bool:
+    """True when the run has moved on."""
+    return newest_time(folder) > before
+
+
+def is_saving(folder: Path) -> bool:
+    """True while a checkpoint is written."""
+    return any(folder.glob(f"*{PARTIAL_SUFFIX}"))
+
+
+def newest_time(folder: Path) -> int:
+    """When the newest checkpoint was written; 0 if there is none."""
+    return max((manifest.saved_at for _, manifest in manifests(folder)), default=0)
+
+
+def look(folder: Path, seen: dict[str, int]) -> None:
+    """Count what a kill has left behind."""
+    names = [path.name for path in folder.glob(f"*{PARTIAL_SUFFIX}")]
+    lonely = [path for path in folder.glob("*.json") if not path.with_suffix("").exists()]
+    seen["while_saving"] += bool(names or lonely)
+    newest = max(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is not None:
+        manifest = read_manifest(newest)
+        seen["newest_incomplete"] += manifest is None or fault(newest, manifest) is not None
+
+
+def digest(folder: Path) -> str:
+    """Of the exported weights."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(load_file(folder / "hf" / "model.safetensors").items()):
+        sha.update(name.encode() + tensor.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def run_case(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A run that is left alone and one that is killed, both on one file system."""
+    folder = Path(tempfile.mkdtemp(prefix="kill_nine_", dir=place))
+    try:
+        configs = []
+        for name in ("whole", "killed"):
+            (folder / name).mkdir()
+            configs.append(write_config(folder / name, arguments.steps, arguments.hidden_size))
+        whole = run_whole(configs[0])
+        seen = run_killed(configs[1], arguments.kills, whole / arguments.steps, random.Random(arguments.seed))
+        size = max(path.stat().st_size for path in (folder / "killed" / "checkpoints").glob(f"*{SUFFIX}"))
+        is_equal = digest(folder / "whole") == digest(folder / "killed")
+    except BaseException:
+        print(f"left for inspection: {folder}", file=sys.stderr)
+        raise
+    shutil.rmtree(folder)
+    return {
+        "name": str(place),
+        "file_system": file_system(place),
+        "steps": arguments.steps,
+        "checkpoint_mib": size / 2**20,
+        "whole_seconds": whole,
+        **seen,
+        "is_equal": is_equal,
+    }
+
+
+def file_system(place: Path) -> str:
+    """Type of the file system of a folder."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    inside = [(len(mount[1]), mount[2]) for mount in mounts if place.resolve().is_relative_to(mount[1])]
+    return max(inside)[1]
+
+
+def main() -> None:
+    """Run all cases, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, help="default: three for each kill, and five")
+    parser.add_argument("--hidden_size", type=int, default=128, help="width of the policy")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folders", type=Path, nargs="+", default=[Path.cwd(), Path("/dev/shm")])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    arguments.steps = arguments.steps or 5 + 3 * arguments.kills
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    cases = [run_case(place, arguments) for place in arguments.folders]
+    table = Table("folder", "kills", "while saving", "newest incomplete", "bitwise equal", "seconds, never killed")
+    for case in cases:
+        counts = (str(case[name]) for name in ("kills", "while_saving", "newest_incomplete", "is_equal"))
+        table.add_row(
+            f"{case['name']} ({case['file_system']})", *counts, f"{case['seconds']:.0f}, {case['whole_seconds']:.0f}"
+        )
+    Console().print(table)
+    result = {"name": "kill_nine", "command": " ".join(["python", *sys.argv]), **machine(), "cases": cases}
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Checkpoint files that are whole or not there: written under another name, synced, described by a manifest."""
+
+import hashlib
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+SUFFIX, MANIFEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".json", ".partial"
+
+
+class UnusableCheckpoint(ValueError):
+    """A checkpoint that cannot be used: incomplete, corrupt, or of another model."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a checkpoint file, kept beside it as JSON; the file is complete only if it agrees.
+
+    Args:
+        size: Length of the file, bytes.
+        sha256: Digest of the file, hexadecimal.
+        step: Optimizer steps taken.
+        saved_at: When it was written, nanoseconds since 1970; orders the files of a folder.
+        run: Which training it belongs to, through all its resumptions.
+        scores: Metrics that the callback monitors, by name.
+    """
+
+    size: int
+    sha256: str
+    step: int
+    saved_at: int
+    run: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints so that an interruption at any time leaves complete files only; reads plain types only.
+
+    Args:
+        check: Called with every checkpoint that is read, to refuse one that does not fit.
+    """
+
+    def __init__(self, check: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.check = check
+        self.run = ""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint and its manifest; of both, the new file or the old one is there at any time.
+
+        Raises:
+            OSError: If the file could not be written, with what was there before intact.
+        """
+        path = Path(path)
+        partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size, sha256 = _write_synced(partial, lambda file: torch.save(checkpoint, cast(Any, file)))
+            step = int(checkpoint.get("global_step", 0))
+            write_manifest(path, Manifest(size, sha256, step, saved_at=time.time_ns(), run=self.run))
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OSError(
+                    error.errno,
+                    f"the checkpoint {path} could not be written ({error.strerror or error}); those written before it "
+                    "are intact: make room or give another checkpoint.dirpath, and resume with --ckpt_path last",
+                ) from error
+            raise
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint of plain types, whatever the caller asks for.
+
+        Raises:
+            UnusableCheckpoint: If it cannot be read, or does not fit.
+        """
+        checkpoint = read_checkpoint(path)
+        if self.check is not None:
+            self.check(checkpoint)
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint and then its manifest."""
+        Path(path).unlink(missing_ok=True)
+        manifest_path(path).unlink(missing_ok=True)
+
+
+class _HashedFile:
+    """What torch.save needs of a file, noting length, digest and the first error, which torch would replace."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_synced(path: Path, write: Callable[[_HashedFile], Any]) -> tuple[int, str]:
+    """Write a file and wait until the disk has it; its size and digest."""
+    with open(path, "wb") as raw:
+        file = _HashedFile(raw)
+        try:
+            write(file)
+        except Exception:
+            if file.error is not None:
+                raise file.error from None
+            raise
+        raw.flush()
+        os.fsync(raw.fileno())
+    return file.size, file.digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def manifest_path(path: str | Path) -> Path:
+    """Where the manifest of a checkpoint file is."""
+    return Path(f"{path}{MANIFEST_SUFFIX}")
+
+
+def write_manifest(path: str | Path, manifest: Manifest) -> None:
+    """Write or replace the manifest of a checkpoint file."""
+    target = manifest_path(path)
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    _write_synced(partial, lambda file: file.write(json.dumps(asdict(manifest)).encode()))
+    os.replace(partial, target)
+    _sync_folder(target.parent)
+
+
+def read_manifest(path: str | Path) -> Manifest | None:
+    """The manifest of a checkpoint file; None if there is none that can be read."""
+    try:
+        return Manifest(**json.loads(manifest_path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def add_score(path: str | Path, name: str, value: float) -> None:
+    """Note a metric of a checkpoint in its manifest."""
+    manifest = read_manifest(path)
+    if manifest is not None:
+        write_manifest(path, replace(manifest, scores={**manifest.scores, name: value}))
+
+
+def manifests(folder: str | Path) -> list[tuple[Path, Manifest]]:
+    """Checkpoint files of a folder that have a manifest, the newest first; their content is not looked at."""
+    found = [(path, read_manifest(path)) for path in Path(folder).glob(f"*{SUFFIX}")]
+    known = [(path, manifest) for path, manifest in found if manifest is not None]
+    return sorted(known, key=lambda each: (each[1].saved_at, each[1].step), reverse=True)
+
+
+def fault(path: Path, manifest: Manifest) -> str | None:
+    """What is wrong with a checkpoint file according to its manifest; None if it is complete."""
+    size = path.stat().st_size
+    if size != manifest.size:
+        return f"it has {size} bytes, not the {manifest.size} that were written"
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return None if digest.hexdigest() == manifest.sha256 else "its content is not what was written"
+
+
+def newest_complete(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint of a folder, after a warning for each newer one that is not.
+
+    Returns:
+        Its path; None if the folder has no checkpoints at all.
+
+    Raises:
+        UnusableCheckpoint: If there are checkpoints, but no complete one.
+    """
+    faults = []
+    for path, manifest in manifests(folder):
+        if (reason := fault(path, manifest)) is None:
+            return path
+        faults.append(f"{path.name}: {reason}")
+        rank_zero_warn(f"the checkpoint {path} is skipped: {reason}")
+    faults += [f"{path.name}: no manifest" for path in Path(folder).glob(f"*{SUFFIX}") if read_manifest(path) is None]
+    if faults:
+        raise UnusableCheckpoint(
+            f"{folder} has no complete checkpoint ({'; '.join(sorted(faults))}); name a file to use it as it is, or "
+            "empty the folder to start anew"
+        )
+    return None
+
+
+def check_complete(path: str | Path) -> None:
+    """Refuse a checkpoint file that is not what its manifest says; one without a manifest is left to the reader.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UnusableCheckpoint: If it is corrupt.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}; give an existing one, or last for the newest")
+    manifest = read_manifest(path)
+    reason = None if manifest is None else fault(Path(path), manifest)
+    if reason is not None:
+        raise UnusableCheckpoint(
+            f"the checkpoint {path} is corrupt: {reason}; give another one, or last for the newest"
+        )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file: tensors and plain types.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UnusableCheckpoint: If it cannot be read as such.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UnusableCheckpoint(
+            f"the checkpoint {path} cannot be read as tensors and plain types ({reason}); it is corrupt or not a "
+            "checkpoint of this project: give another one, or last for the newest"
+        ) from error
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Remove what an interrupted save left behind."""
+    for path in Path(folder).glob(f"*{PARTIAL_SUFFIX}"):
+        path.unlink(missing_ok=True)

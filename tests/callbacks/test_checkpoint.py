@@ -1,0 +1,386 @@
+"""Checkpoint files: whole or not there, the newest complete one, and what may not change between save and resume."""
+
+import errno
+import json
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from remax_lightning import cli
+from remax_lightning.callbacks import Checkpoint
+from remax_lightning.callbacks.safe_checkpoint_io import (
+    SafeCheckpointIO,
+    UnusableCheckpoint,
+    add_score,
+    check_complete,
+    manifest_path,
+    manifests,
+    newest_complete,
+    read_checkpoint,
+    read_manifest,
+)
+
+
+def content(step: int) -> dict[str, Any]:
+    return {"global_step": step, "state_dict": {"weight": torch.full((4096,), float(step))}}
+
+
+def save(folder: Path, *steps: int) -> list[Path]:
+    """Checkpoints of some steps, one after the other."""
+    io = SafeCheckpointIO()
+    paths = [folder / f"step={step}.ckpt" for step in steps]
+    for step, path in zip(steps, paths, strict=True):
+        io.save_checkpoint(content(step), path)
+    return paths
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle, where the tensor is."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def forget(path: Path) -> None:
+    """As a kill between the two files would leave it, or another program."""
+    manifest_path(path).unlink()
+
+
+DAMAGE = {"truncated": truncate, "one bit": flip, "empty": empty}
+
+
+def test_what_is_saved_is_read(tmp_path: Path) -> None:
+    (path,) = save(tmp_path / "new" / "folder", 3)
+    assert torch.equal(SafeCheckpointIO().load_checkpoint(path)["state_dict"]["weight"], torch.full((4096,), 3.0))
+    manifest = read_manifest(path)
+    assert manifest is not None
+    assert (manifest.size, manifest.step) == (path.stat().st_size, 3)
+    check_complete(path)
+    assert {each.name for each in path.parent.iterdir()} == {"step=3.ckpt", "step=3.ckpt.json"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_newest_is_skipped(damage: Any, tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 10, 9)  # the newest is the one written last, whatever its step
+    assert newest_complete(tmp_path) == newer
+    damage(newer)
+    with pytest.warns(UserWarning, match=r"step=9.ckpt is skipped: it"):
+        assert newest_complete(tmp_path) == older
+    with pytest.raises(UnusableCheckpoint, match=r"step=9.ckpt is corrupt: it"):
+        check_complete(newer)
+    damage(older)
+    with pytest.raises(UnusableCheckpoint, match=r"no complete checkpoint \(step=10.ckpt: its? .*; step=9.ckpt: its? "):
+        newest_complete(tmp_path)
+
+
+def test_without_a_manifest_a_file_counts_only_by_name(tmp_path: Path) -> None:
+    assert newest_complete(tmp_path) is None
+    older, newer = save(tmp_path, 1, 2)
+    forget(newer)
+    assert newest_complete(tmp_path) == older
+    check_complete(newer)
+    forget(older)
+    with pytest.raises(UnusableCheckpoint, match=r"step=1.ckpt: no manifest; step=2.ckpt: no manifest"):
+        newest_complete(tmp_path)
+    manifest_path(older).write_text("{")
+    assert read_manifest(older) is None
+
+
+def test_a_manifest_without_a_file_is_nothing(tmp_path: Path) -> None:
+    (path,) = save(tmp_path, 1)
+    path.unlink()
+    assert newest_complete(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+        check_complete(path)
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "object"])
+def test_what_is_not_a_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "some.ckpt"
+    if kind == "text":
+        path.write_text("weights")
+    elif kind == "object":
+        torch.save({"module": torch.nn.Linear(1, 1)}, path)
+    else:
+        (saved,) = save(tmp_path, 1)
+        path.write_bytes(saved.read_bytes()[:5000])
+    with pytest.raises(UnusableCheckpoint, match=r"some.ckpt cannot be read as tensors and plain types"):
+        SafeCheckpointIO().load_checkpoint(path, weights_only=False)
+
+
+class FullDisk:
+    """A file on a disk that has room for some bytes."""
+
+    def __init__(self, path: Path, mode: str, room: int) -> None:
+        self.file, self.room = open(path, mode), room  # noqa: SIM115 (closed on leaving)
+
+    def write(self, data: bytes) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "FullDisk":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 100, 5000, 17000])
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_full_disk_leaves_the_older_ones(
+    room: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    module = "remax_lightning.callbacks.safe_checkpoint_io.open"
+    monkeypatch.setattr(module, partial(FullDisk, room=room), raising=False)
+    with pytest.raises(OSError, match=rf"step={step}.ckpt could not be written \(No space left on device\)") as error:
+        save(tmp_path, step)
+    monkeypatch.undo()
+    assert error.value.errno == errno.ENOSPC
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def note_rename(old: Path, new: Path) -> None:
+        events.append(f"name {new.name}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    save(tmp_path / "run", 1)
+    assert events == [
+        "sync step=1.ckpt.partial",
+        "sync step=1.ckpt.json.partial",
+        "name step=1.ckpt.json",
+        "sync run",
+        "name step=1.ckpt",
+        "sync run",
+    ]
+
+
+def test_scores_are_kept_in_the_manifest(tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 1, 2)
+    add_score(older, "val/reward", 0.5)
+    assert [(path, manifest.scores) for path, manifest in manifests(tmp_path)] == [
+        (newer, {}),
+        (older, {"val/reward": 0.5}),
+    ]
+    check_complete(older)
+
+
+def test_keep_last_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep_last must be at least 1"):
+        Checkpoint(dirpath=str(tmp_path), keep_last=0)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def train(policy: str, folder: Path, steps: int, ckpt_path: str | None = None, **options: Any) -> Checkpoint:
+    callback = Checkpoint(dirpath=str(folder), **{"every_n_train_steps": 1, **options})
+    trainer = tiny.trainer(folder.parent, steps, [callback], enable_checkpointing=True)
+    data = tiny.prompt_data(folder.parent, batch_size=2)
+    trainer.fit(tiny.remax(policy, optimizer=adam), datamodule=data, ckpt_path=ckpt_path)
+    return callback
+
+
+def steps_in(folder: Path) -> set[int]:
+    return {int(path.stem.partition("=")[2]) for path in folder.glob("*.ckpt")}
+
+
+def test_another_run_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
+    policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
+    train(policy, folder, 5)
+    train(policy, folder, 3)
+    assert steps_in(folder) == {2, 3, 4, 5}
+    newest = newest_complete(folder)
+    assert newest is not None
+    assert newest.name == "step=3.ckpt"
+    train(policy, folder, 7, str(newest))
+    assert steps_in(folder) == {3, 6, 7}  # what it was resumed from stays; 4 and 5 are its own by now
+
+
+def test_an_interrupted_save_is_cleared_away(tmp_path: Path) -> None:
+    policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
+    folder.mkdir()
+    (folder / "step=1.ckpt.partial").write_text("half")
+    train(policy, folder, 1)
+    assert {path.name for path in folder.iterdir()} == {"step=1.ckpt", "step=1.ckpt.json"}
+
+
+def test_a_full_disk_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
+    train(policy, folder, 2)
+    module = "remax_lightning.callbacks.safe_checkpoint_io.open"
+    monkeypatch.setattr(module, partial(FullDisk, room=10_000), raising=False)
+    monkeypatch.setattr("remax_lightning.callbacks.safe_checkpoint_io.fault", lambda *args: None)
+    with (
+        pytest.warns(UserWarning, match="the state after the last finished step could not be saved"),
+        pytest.raises(OSError, match=r"step=3.ckpt could not be written"),
+    ):
+        train(policy, folder, 4, str(folder / "step=2.ckpt"))
+    monkeypatch.undo()
+    assert newest_complete(folder) == folder / "step=2.ckpt"
+    assert {path.name for path in folder.iterdir()} == {
+        f"step={step}.ckpt{suffix}" for step in (1, 2) for suffix in ("", ".json")
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Path:
+    """A configuration of a ReMax run of three steps, with its checkpoints already there."""
+    prompts = tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in tiny.PROMPTS])
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 3,
+            "default_root_dir": str(tmp_path / "run"),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+        },
+        "checkpoint": {"every_n_train_steps": 1},
+        "model": {
+            "class_path": "ReMax",
+            "init_args": {
+                "policy": {"path": tiny.save_model(tmp_path / "policy")},
+                "reward": {"class_path": "FunctionReward", "init_args": {"function": "reward_functions.letter_values"}},
+                "sampling": {"max_new_tokens": 4},
+                "kl_coef": 0.1,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+            },
+        },
+        "data": {"class_path": "PromptDataModule", "init_args": {"train": prompts, "test": prompts, "batch_size": 2}},
+    }
+    path = tmp_path / "remax.yaml"
+    path.write_text(yaml.safe_dump(config))
+    cli.main(["fit", "--config", str(path)])
+    return path
+
+
+def run(config: Path, *arguments: object, subcommand: str = "fit") -> None:
+    cli.main([subcommand, "--config", str(config), *map(str, arguments)])
+
+
+def folder_of(config: Path) -> Path:
+    return config.parent / "run" / "checkpoints"
+
+
+def test_last_falls_back(configured: Path) -> None:
+    truncate(folder_of(configured) / "step=3.ckpt")
+    with pytest.warns(UserWarning, match=r"step=3.ckpt is skipped: it has \d+ bytes"):
+        run(configured, "--ckpt_path", "last", "--trainer.max_steps", 4)
+    assert steps_in(folder_of(configured)) >= {2, 4}
+    assert read_checkpoint(folder_of(configured) / "step=3.ckpt")["global_step"] == 3  # trained again, whole again
+
+
+def test_nothing_complete_is_an_error(configured: Path) -> None:
+    for path in folder_of(configured).glob("*.ckpt"):
+        truncate(path)
+    for subcommand in ("fit", "test"):
+        with pytest.raises(UnusableCheckpoint, match="has no complete checkpoint"):
+            run(configured, "--ckpt_path", "last", subcommand=subcommand)
+
+
+def test_a_corrupt_file_is_refused(configured: Path) -> None:
+    path = folder_of(configured) / "step=3.ckpt"
+    flip(path)
+    with pytest.raises(UnusableCheckpoint, match=r"step=3.ckpt is corrupt: its content is not what was written"):
+        run(configured, "--ckpt_path", path, subcommand="test")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+        run(configured, "--ckpt_path", folder_of(configured) / "step=7.ckpt")
+
+
+@pytest.mark.parametrize("address", ["http://host/a.ckpt", "https://host/a.ckpt", "s3://bucket/a", "registry:name"])
+def test_addresses_are_refused(address: str, tmp_path: Path) -> None:
+    for is_fit in (True, False):
+        with pytest.raises(ValueError, match=f"--ckpt_path takes a local file or last, got {address}; copy it"):
+            cli.find_checkpoint(address, str(tmp_path), is_fit)
+
+
+def test_the_command_line_refuses_addresses(configured: Path) -> None:
+    with pytest.raises(ValueError, match="--ckpt_path takes a local file or last"):
+        run(configured, "--ckpt_path", "http://host/a.ckpt", subcommand="test")
+
+
+def warnings_of(config: Path, *arguments: object) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(config, "--ckpt_path", "last", "--trainer.max_steps", 4, *arguments)
+    return [str(each.message) for each in caught if "changed since the checkpoint" in str(each.message)]
+
+
+def test_what_may_change_is_named(configured: Path) -> None:
+    assert warnings_of(configured) == []
+    told = warnings_of(configured, "--model.kl_coef", 0.2, "--data.batch_size", 1, "--model.optimizer.lr", 0.5)
+    assert [text.partition(": ")[2] for text in told] == [
+        "data.init_args.batch_size: 2 -> 1",
+        "model.init_args.kl_coef: 0.1 -> 0.2",
+        "model.init_args.optimizer.init_args.lr: 0.01 -> 0.5",
+    ]
+    assert ["goes on with its saved values" in text for text in told] == [False, False, True]
+
+
+def other_policy(folder: Path, **values: Any) -> str:
+    return tiny.save_model(folder / "other", **values)
+
+
+def renamed_token(folder: Path) -> str:
+    """The same model, and a tokenizer of the same size with one word swapped for another."""
+    path = Path(other_policy(folder)) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return str(path.parent)
+
+
+def test_what_may_not_change_is_refused(configured: Path, tmp_path: Path) -> None:
+    def refused(*arguments: object, message: str) -> None:
+        with pytest.raises(UnusableCheckpoint, match=message):
+            run(configured, "--ckpt_path", "last", "--trainer.max_steps", 4, *arguments)
+
+    other = tiny.save_model(tmp_path / "gpt2", "gpt2")
+    refused("--model.policy.path", other, message="architecture was llama, now it is gpt2; restore")
+    deeper = tiny.save_model(tmp_path / "deeper", num_hidden_layers=3)
+    refused("--model.policy.path", deeper, message="shape of policy.model.layers.2.* was absent, now it is")
+    refused("--model.policy.path", renamed_token(tmp_path), message="tokenizer was ")
+    sgd = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1]
+    refused(*sgd, message="optimizer.class_path was torch.optim.AdamW, now it is torch.optim.SGD")
+    with pytest.raises(UnusableCheckpoint, match="architecture was llama, now it is gpt2"):
+        run(configured, "--ckpt_path", "last", "--model.policy.path", other, subcommand="test")
+    export = ["--ckpt_path", "last", "--output_dir", tmp_path / "hf", "--model.policy.path", deeper]
+    with pytest.raises(UnusableCheckpoint, match="shape of policy"):
+        run(configured, *export, subcommand="export")

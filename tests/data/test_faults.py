@@ -1,0 +1,166 @@
+"""Rows, files and tokenizers that are not as they should be: a sentence or a count for each."""
+
+import gzip
+import json
+
+import pytest
+from data.helpers import CHATML, ROWS, attach, build_tokenizer, dropped, indices, train_batches
+from datasets import Dataset
+
+from remax_lightning.data import DemonstrationDataModule, PromptDataModule
+from remax_lightning.data.sources import load_parts
+
+LINES = [json.dumps(row).encode() for row in ROWS]
+
+
+def save(folder, lines, name="rows.jsonl"):
+    text = b"\n".join(lines)
+    (folder / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    return str(folder / name)
+
+
+# files
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("line", "detail"),
+    [
+        (b'{"prompt": "b', r"not valid JSON \(.*\)"),
+        (b"3", "not a JSON object"),
+        (b'{"prompt": "\xff"}', r"text that is not UTF-8 \(.*\)"),
+    ],
+)
+def test_corrupt_line_is_named_or_skipped_and_counted(tmp_path, name, line, detail):
+    path = save(tmp_path, [*LINES[:3], line, *LINES[3:], b"", line], name)
+    with pytest.raises(ValueError, match=rf"{name}, (line|row) 4: {detail}; repair .*skip_bad_rows \(now 0\)"):
+        attach(PromptDataModule(train=path))
+    with pytest.raises(ValueError, match=rf"{name}, (line|row) 2[123]: {detail}; .*skip_bad_rows \(now 1\)"):
+        attach(PromptDataModule(train=path, skip_bad_rows=1))
+    data = PromptDataModule(train=path, skip_bad_rows=2, batch_size=5)
+    assert dropped(data) == ["train: dropped 2 of 22 rows (2 x corrupt row)"]
+    batches = train_batches(data)
+    assert sorted(indices(batches)) == [0, 1, 2, *range(4, 21)]
+    for batch in batches:
+        for index, answer in zip(indices([batch]), batch["answer"], strict=True):
+            assert answer == index - (index > 3)
+
+
+def test_file_with_corrupt_lines_only_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: not valid JSON.*no row that can be read"):
+        load_parts(save(tmp_path, [b"{", b"{"]))
+
+
+def test_rows_with_columns_of_their_own_beside_a_corrupt_line(tmp_path):
+    path = save(tmp_path, [b'{"prompt": "a"}', b"{", b'{"answer": 1}', b'{"prompt": "b", "answer": "two"}'])
+    data = PromptDataModule(train=path, skip_bad_rows=1, batch_size=2)
+    assert dropped(data) == ["train: dropped 2 of 4 rows (1 x corrupt row, 1 x empty prompt)"]
+    (batch,) = train_batches(data)
+    assert dict(zip(batch["prompt"], batch["answer"], strict=True)) == {"a": None, "b": "two"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_compressed_file_that_is_cut_off_is_named(tmp_path, streaming):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n".join(LINES))[:-20])
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz, after line \d+: cannot decompress it"):
+        train_batches(attach(PromptDataModule(train=str(path), streaming=streaming)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "rows.json"])
+@pytest.mark.parametrize("text", [b"", b"\x00\x01nonsense\n"])
+def test_file_that_cannot_be_read_is_named(tmp_path, name, text, streaming):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=rf"{name}"):
+        train_batches(attach(PromptDataModule(train=str(tmp_path / name), streaming=streaming)))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no data at '.*none.jsonl'; accepted is a .json"):
+        attach(PromptDataModule(train=str(tmp_path / "none.jsonl")))
+
+
+def test_source_of_unknown_format_is_named(write):
+    with pytest.raises(ValueError, match=r"train, .*other.jsonl: the rows have the columns \['text'\].*prompt_column"):
+        attach(PromptDataModule(train=[write(ROWS), write([{"text": "Hi"}], "other.jsonl")]))
+
+
+# rows
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": ""}, "empty prompt"),
+        ({"prompt": None}, "empty prompt"),
+        ({"prompt": " \n\t\u00a0"}, "empty prompt"),
+        ({"prompt": 3}, "malformed messages"),
+        ({"prompt": {"text": "Hi"}}, "malformed messages"),
+        ({"prompt": [{"role": "user", "content": 3}]}, "malformed messages"),
+        ({"prompt": [{"role": "user", "content": ""}]}, "empty prompt"),
+        ({"prompt": "fox " * 100}, "prompt above 30 tokens"),
+    ],
+)
+def test_row_that_cannot_be_used_is_dropped_and_counted(write, row, reason):
+    data = PromptDataModule(train=write([*ROWS, row]), max_prompt_length=30)
+    assert dropped(data) == [f"train: dropped 1 of 21 rows (1 x {reason})"]
+    assert len(data.examples["train"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(3, "response is not text"), (None, "empty response"), ("  ", "empty response")]
+)
+def test_response_that_cannot_be_used_is_dropped_and_counted(write, value, reason):
+    rows = [{"prompt": row["prompt"], "response": row["response"]} for row in ROWS]
+    data = DemonstrationDataModule(train=write([*rows, {"prompt": "Hi", "response": value}]))
+    assert dropped(data) == [f"train: dropped 1 of 21 rows (1 x {reason})"]
+
+
+def test_conversation_that_the_template_refuses_is_dropped_and_counted(write):
+    template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
+    refused = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]}
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    data = PromptDataModule(train=write([*rows[:4], refused, *rows[4:]]))
+    message = "train: dropped 1 of 21 rows (1 x refused by the chat template: user first)"
+    assert dropped(data, tokenizer=build_tokenizer(template=template)) == [message]
+    expected = attach(PromptDataModule(train=write(rows, "usable.jsonl"))).examples["train"]
+    assert [each["prompt_ids"] for each in data.examples["train"]] == [each["prompt_ids"] for each in expected]
+
+
+def test_prompt_without_tokens_is_dropped_and_counted(write):
+    class Forgetful:
+        """A tokenizer that knows nothing of some characters."""
+
+        def __init__(self):
+            self.known = build_tokenizer()
+
+        def __getattr__(self, name):
+            return getattr(self.known, name)
+
+        def __call__(self, text, **options):
+            texts = [each.replace("?", "") for each in text] if isinstance(text, list) else text.replace("?", "")
+            return self.known(texts, **options)
+
+    data = PromptDataModule(train=write([*ROWS, {"prompt": "???"}]))
+    assert dropped(data, tokenizer=Forgetful()) == ["train: dropped 1 of 21 rows (1 x prompt without tokens)"]
+
+
+# tokenizers
+
+
+def test_tokenizer_without_pad_pads_with_eos(write, tmp_path):
+    build_tokenizer(pad=None).save_pretrained(tmp_path / "tokenizer")
+    data = attach(PromptDataModule(train=write(ROWS), tokenizer=str(tmp_path / "tokenizer")))
+    for batch in train_batches(data):
+        assert set(batch["prompt_ids"][~batch["prompt_mask"]].tolist()) <= {data.tokenizer.eos_token_id}
+    assert data.tokenizer.pad_token == "</s>"
+
+
+def test_columns_of_csv_and_parquet_may_differ(tmp_path, write):
+    Dataset.from_list([{"prompt": "a", "n": "x"}]).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_list([{"question": "b", "answer": "y", "n": 1}]).to_csv(tmp_path / "b.csv")
+    data = attach(PromptDataModule(train=[str(tmp_path / "a.parquet"), str(tmp_path / "b.csv")], batch_size=2))
+    (batch,) = train_batches(data)
+    assert sorted(zip(batch["prompt"], map(str, batch["n"]), strict=True)) == [("a", "x"), ("b", "1")]
+    assert sorted(map(str, batch["answer"])) == ["None", "y"]
