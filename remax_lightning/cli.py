@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from remax_lightning import data, modules, rewards, rollout  # noqa: F401 (their classes are known by short names)
-from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter
+from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck
 from remax_lightning.callbacks.resume_check import check_model, flat
 from remax_lightning.callbacks.safe_checkpoint_io import check_complete, newest_complete, read_checkpoint
 from remax_lightning.data.toy import write_world
@@ -60,6 +60,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(HFExport, "hf_export")
         parser.add_lightning_class_args(ResponseWriter, "response_writer")
         parser.add_lightning_class_args(ProgressLines, "progress_lines")
+        parser.add_lightning_class_args(SelfCheck, "self_check")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -211,17 +212,21 @@ def rewards(draw: Draw) -> Tensor:
 
 
 def rewards_problem(draw: Draw) -> str | None:
-    """Whether there is a reward to learn from."""
+    """Whether there is a reward to learn from; a few rows without one are dropped in training, too."""
     values = rewards(draw)
-    if bool(torch.isfinite(values).all()):
-        return None
-    return f"{int((~torch.isfinite(values)).sum())} of {len(values)} rewards are not finite; mend the reward"
+    num_bad = int((~torch.isfinite(values)).sum())
+    if num_bad == len(values):
+        return f"none of {num_bad} rewards is finite; mend the reward"
+    if num_bad:
+        rank_zero_warn(f"self-check: {num_bad} of {len(values)} rewards are not finite; such rows are dropped")
+    return None
 
 
 def equal_rewards_problem(draw: Draw) -> str | None:
     """Whether rewards tell responses apart."""
     values = rewards(draw)
-    if bool((values != values[0]).any()):
+    values = values[torch.isfinite(values)]
+    if len(values) == 0 or bool((values != values[0]).any()):
         return None
     return (
         f"all {len(values)} rewards are {float(values[0]):.4g}, from which nothing is learned; look at the "

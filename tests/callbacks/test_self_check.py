@@ -136,8 +136,17 @@ class Fixed(Reward):
 
 
 def test_rewards(policy: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="self-check: 10 of 10 rewards are not finite; mend the reward"):
+    with pytest.raises(ValueError, match="self-check: none of 10 rewards is finite; mend the reward"):
         check(tiny.remax(policy, Fixed(float("nan"))), tmp_path)
+
+
+def test_a_row_without_a_reward_is_a_warning(policy: str, tmp_path: Path) -> None:
+    class Gap(Reward):
+        def __call__(self, prompts: Any, responses: Any, **columns: Any) -> Tensor:
+            return torch.tensor([float("nan"), *(float(len(response)) for response in responses[1:])])
+
+    with pytest.warns(match="self-check: 2 of 10 rewards are not finite"):
+        check(tiny.remax(policy, Gap()), tmp_path)
 
 
 def test_a_reward_that_raises_shows_its_own_error(policy: str, tmp_path: Path) -> None:
