@@ -1,9 +1,9 @@
 """``kill -9`` at random moments of a small run, resumed each time with ``--ckpt_path last``, on several file systems.
 
-ReMax on the quickstart's world, a tiny Llama with random weights, the gold reward; a checkpoint after every step, so
-that many kills fall into a save: half of them are aimed there, a quarter come while the run starts, a quarter at any
-moment. The final weights have to be bitwise those of a run that was never killed. The command line is imported once,
-by a process that forks for each start, so that a start takes a second and not ten.
+ReMax on the quickstart's world, a tiny Llama with random weights, a reward for the letter e; a checkpoint after every
+step. Half of the kills are aimed at a save, a quarter come while the run starts, a quarter at any moment. The final
+weights have to be bitwise those of a run that was never killed. The command line is imported once, by a process that
+forks for each start, so that a start takes a second and not ten.
 
     python benchmarks/kill_nine.py --kills 20 --folders /tmp /dev/shm --output benchmarks/results/kill_nine.json
 """
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ LIMIT = 300  # seconds that one start may take
 SAVE_SECONDS = 0.05  # about as long as a save takes
 
 
+def share_of_e(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
+    """A reward that random responses differ in."""
+    return [10 * response.count("e") / max(len(response), 1) for response in responses]
+
+
 def write_config(folder: Path, steps: int, hidden_size: int) -> Path:
     """The world and the configuration of a run in a folder."""
     write_world(str(folder / "world"), num_demonstrations=8, num_preferences=8, num_prompts=64, num_held_out=8)
@@ -49,7 +54,7 @@ def write_config(folder: Path, steps: int, hidden_size: int) -> Path:
             "tokenizer": str(folder / "world" / "tokenizer"),
             "config": {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, **llama},
         },
-        "reward": {"class_path": "FunctionReward", "init_args": {"function": "remax_lightning.data.toy.gold_reward"}},
+        "reward": {"class_path": "FunctionReward", "init_args": {"function": "kill_nine.share_of_e"}},
         "sampling": {"max_new_tokens": 16},
         "kl_coef": 0.05,
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},

@@ -75,11 +75,12 @@ class Fit:
         }
         torch.manual_seed(0)  # the scalar head
         if self.method == "SFT":
-            return SFT(source, **options)
+            return SFT(policy=source, **options)
         if self.method == "RewardModel":
-            return RewardModel(source, **options)
+            return RewardModel(model=source, **options)
         reward = FunctionReward("reward_functions.letter_values")
-        return ReMax(source, reward, Sampling(max_new_tokens=6, num_samples=2), kl_coef=0.1, **options)
+        sampling = Sampling(max_new_tokens=6, num_samples=2)
+        return ReMax(policy=source, reward=reward, sampling=sampling, kl_coef=0.1, **options)
 
     def data(self) -> LightningDataModule:
         if self.method == "ReMax":

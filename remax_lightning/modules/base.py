@@ -83,7 +83,7 @@ class TrainableModule(LightningModule):
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        if steps == float("inf") or steps < 0:
             raise ValueError(
                 f"lr_schedule={self.lr_schedule} with warmup_fraction={self.warmup_fraction} needs to know the number "
                 "of steps; set trainer.max_steps or trainer.max_epochs"

@@ -86,7 +86,7 @@ def assert_resumes(policy: str, folder: Path) -> None:
 
 
 def test_in_a_rollout(policy: str, tmp_path: Path) -> None:
-    """The signal comes while the second token of the third step is decoded; nothing more is computed."""
+    """The signal comes while the second token of the fourth step is decoded; nothing more is computed."""
     calls = []
 
     def patch(module: Any) -> None:
@@ -96,7 +96,7 @@ def test_in_a_rollout(policy: str, tmp_path: Path) -> None:
             configure()
 
             def send(model: torch.nn.Module, *args: object) -> None:
-                if module.global_step == 2 and module.trainer.training:
+                if module.global_step == 3 and module.trainer.training:
                     calls.append(model.training)
                     if len(calls) == 2:
                         sigterm()
@@ -108,15 +108,16 @@ def test_in_a_rollout(policy: str, tmp_path: Path) -> None:
     with ended():
         fit(policy, tmp_path / "run", patch=patch)
     assert len(calls) == 2
-    assert saved(tmp_path / "run") == {"step=2.ckpt"}
+    assert saved(tmp_path / "run") == {"step=2.ckpt", "step=3.ckpt"}
     assert_resumes(policy, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("hook", "step"),
     [
-        ("on_train_batch_start", 2),
-        ("on_before_optimizer_step", 2),
+        ("on_train_batch_start", 1),
+        ("on_train_batch_start", 3),
+        ("on_before_optimizer_step", 3),
         ("on_train_batch_end", 3),
         ("on_validation_start", 2),
         ("on_validation_batch_start", 2),
@@ -193,8 +194,11 @@ def test_slurm_requeue_is_left_to_lightning(policy: str, tmp_path: Path, monkeyp
     )
     before = signal.getsignal(signal.SIGUSR1)
 
+    handlers = []
+
     class Requeue(Callback):
         def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
+            handlers.append(signal.getsignal(signal.SIGTERM))
             if trainer.global_step == 3:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -208,6 +212,7 @@ def test_slurm_requeue_is_left_to_lightning(policy: str, tmp_path: Path, monkeyp
     )
     trainer.fit(module, datamodule=tiny.prompt_data(tmp_path, batch_size=2))
     assert signal.getsignal(signal.SIGUSR1) is before
+    assert all("signal_connector" in type(handler).__module__ for handler in handlers)
     assert commands == [["scontrol", "requeue", "7"]]
     checkpoint = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3

@@ -340,3 +340,12 @@ class Rows(tiny.Callback):
 
     def on_test_batch_end(self, trainer: object, module: object, outputs: Any, *args: object) -> None:
         self.rows += outputs["rows"]
+
+
+def test_a_reference_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    policy, other = tiny.save_model(tmp_path / "policy"), tiny.save_model(tmp_path / "other")
+    words = AutoTokenizer.from_pretrained(other)
+    words.add_tokens(["\u00a7"])
+    words.save_pretrained(other)
+    with pytest.raises(ValueError, match="the reference's tokenizer is not the policy's"):
+        tiny.remax(policy, kl_coef=0.1, reference=ModelSource(path=other))
