@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,6 +109,14 @@ class Draw:
         logits = logits_of(self.module.policy, rollout)
         return token_log_probs(logits, rollout.response_ids, temperature=self.module.sampling.temperature)
 
+    @cached_property
+    def rewards(self) -> Tensor:
+        """Rewards of the sampled and greedy responses; what the reward raises, it raises here."""
+        module, columns = self.module, raw_columns(self.batch)
+        prompts = columns.pop("prompt")
+        both = [module.reward(prompts, module.texts(each), **columns) for each in (self.sampled, self.greedy)]
+        return torch.cat(both)
+
     def difference(self, log_probs: Tensor) -> float:
         """Mean absolute difference from the training log-probs over response tokens, nats."""
         return float((log_probs - self.log_probs).abs()[self.sampled.response_mask].mean())
@@ -203,17 +212,9 @@ def double_bos_problem(draw: Draw) -> str | None:
     return None
 
 
-def rewards(draw: Draw) -> Tensor:
-    """Rewards of the sampled and greedy responses; what the reward raises, it raises here."""
-    module, columns = draw.module, raw_columns(draw.batch)
-    prompts = columns.pop("prompt")
-    both = [module.reward(prompts, module.texts(each), **columns) for each in (draw.sampled, draw.greedy)]
-    return torch.cat(both)
-
-
 def rewards_problem(draw: Draw) -> str | None:
     """Whether there is a reward to learn from; a few rows without one are dropped in training, too."""
-    values = rewards(draw)
+    values = draw.rewards
     num_bad = int((~torch.isfinite(values)).sum())
     if num_bad == len(values):
         return f"none of {num_bad} rewards is finite; mend the reward"
@@ -224,7 +225,7 @@ def rewards_problem(draw: Draw) -> str | None:
 
 def equal_rewards_problem(draw: Draw) -> str | None:
     """Whether rewards tell responses apart."""
-    values = rewards(draw)
+    values = draw.rewards
     values = values[torch.isfinite(values)]
     if len(values) == 0 or bool((values != values[0]).any()):
         return None

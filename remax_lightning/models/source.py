@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from remax_lightning.models.tokenizer import load_tokenizer
+from remax_lightning.models.tokenizer import load_tokenizer, looks_like_folder
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,6 @@ def existing(path: str) -> str:
         FileNotFoundError: If ``path`` can only be a local path (it starts with ``.``, ``/`` or ``~``, or has more than
             one slash) and nothing is there.
     """
-    is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if is_local and not Path(path).expanduser().exists():
+    if looks_like_folder(path) and not Path(path).expanduser().exists():
         raise FileNotFoundError(f"{path} does not exist; a Hugging Face folder or a hub name was expected there")
     return path

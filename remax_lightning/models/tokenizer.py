@@ -28,7 +28,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
         ValueError: If the tokenizer has neither a pad nor an eos token.
     """
     folder = Path(path).expanduser()
-    if _looks_like_folder(path) and not folder.exists():
+    if looks_like_folder(path) and not folder.exists():
         raise FileNotFoundError(
             f"no tokenizer folder {path!r}; give an existing folder with tokenizer files, or a hub name 'owner/name'"
         )
@@ -157,5 +157,6 @@ def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     return tokenizer.decode([token], skip_special_tokens=True) == "" != tokenizer.decode([token])
 
 
-def _looks_like_folder(path: str) -> bool:
+def looks_like_folder(path: str) -> bool:
+    """Whether a name can only be a local path, not a hub name."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
