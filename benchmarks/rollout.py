@@ -1,7 +1,7 @@
 """Sampled and greedy responses of 16 prompts: two calls of transformers' ``generate`` against the embedded engine.
 
 A Llama with random weights (hidden 256, 4 layers), prompts of 32 to 64 tokens, 128 new tokens. In the mixed cases one
-token in 64 ends a response.
+token in 32 ends a response.
 
     python benchmarks/rollout.py --output benchmarks/results/rollout.json
 """
@@ -45,7 +45,7 @@ def build(case: dict[str, Any]) -> tuple[LlamaForCausalLM, Tensor, Tensor, list[
     model = LlamaForCausalLM(config).eval()
     lengths = torch.randint(32, 65, (case["prompts"],)).tolist()
     ids, mask = left_pad([torch.randint(0, case["vocabulary"], (n,)).tolist() for n in lengths], pad_token_id=0)
-    stops = list(range(0, case["vocabulary"], 64)) if case["mixed"] else [case["vocabulary"]]
+    stops = list(range(0, case["vocabulary"], 32)) if case["mixed"] else [case["vocabulary"]]
     return model, ids, mask, stops
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remax_lightning.functional.log_probs import token_log_probs
-from remax_lightning.models.language_model import context_length, evaluating, vocabulary_size
-from remax_lightning.modules.policy import logits_of, raw_columns
+from remax_lightning.models.language_model import context_length, evaluating, response_logits, vocabulary_size
+from remax_lightning.models.next_token import log_probs_of
+from remax_lightning.modules.policy import raw_columns
 from remax_lightning.modules.scored_policy import ScoredPolicyModule
 from remax_lightning.rewards import ModelReward
 from remax_lightning.rollout import Rollout
@@ -100,14 +101,18 @@ class Draw:
         greedy: Rollout,
     ) -> None:
         self.trainer, self.module, self.batch, self.sampled, self.greedy = trainer, module, batch, sampled, greedy
-        self.log_probs = self.log_probs_of(sampled)
+        temperature = module.sampling.temperature
+        self.log_probs = sampled.at_tokens(
+            log_probs_of(module.policy, *sampled.sequences(), temperature=temperature)
+        )  # as training computes them
         is_half = "16" in str(trainer.precision) or module.policy.dtype != torch.float32
         self.tolerance = 0.1 if is_half else 1e-3
 
-    def log_probs_of(self, rollout: Rollout) -> Tensor:
-        """Log-probs as the training forward computes them."""
-        logits = logits_of(self.module.policy, rollout)
-        return token_log_probs(logits, rollout.response_ids, temperature=self.module.sampling.temperature)
+    def logits(self, padding: int) -> Tensor:
+        """Logits of the sampled tokens, (B, T, V), with so much more padding on the left, as in a rollout's prompts."""
+        sampled = self.sampled
+        prompt_ids, prompt_mask = (F.pad(each, (padding, 0)) for each in (sampled.prompt_ids, sampled.prompt_mask))
+        return response_logits(self.module.policy, prompt_ids, prompt_mask, sampled.response_ids, sampled.response_mask)
 
     @cached_property
     def rewards(self) -> Tensor:
@@ -136,16 +141,10 @@ def context_problem(trainer: Trainer, module: ScoredPolicyModule) -> str | None:
 
 
 def padding_problem(draw: Draw) -> str | None:
-    """More padding on both sides against none."""
-    rollout = draw.sampled
-    padded = replace(
-        rollout,
-        prompt_ids=F.pad(rollout.prompt_ids, (3, 0)),
-        prompt_mask=F.pad(rollout.prompt_mask, (3, 0)),
-        response_ids=F.pad(rollout.response_ids, (0, 3)),
-        response_mask=F.pad(rollout.response_mask, (0, 3)),
-    )
-    difference = draw.difference(draw.log_probs_of(padded)[:, :-3])
+    """Prompts padded on the left, as in a rollout, against none, as in training."""
+    temperature = draw.module.sampling.temperature
+    log_probs = token_log_probs(draw.logits(padding=3), draw.sampled.response_ids, temperature=temperature)
+    difference = draw.difference(log_probs)
     if difference <= draw.tolerance:
         return None
     return (
@@ -187,7 +186,7 @@ def stop_token_problem(draw: Draw) -> str | None:
     size = vocabulary_size(module.policy)
     if all(stop >= size for stop in stops):
         return f"the stop tokens {stops} are beyond the model's vocabulary of {size}; set the tokenizer's eos_token"
-    log_probs = logits_of(module.policy, draw.sampled).float().log_softmax(-1)
+    log_probs = draw.logits(padding=0).float().log_softmax(-1)
     known = [stop for stop in stops if stop < size]
     best = float(log_probs[..., known].max(-1).values[draw.sampled.response_mask].max())
     if best > NEVER:

@@ -1,6 +1,5 @@
-"""Losses: policy gradient, next token (supervised fine-tuning), Bradley-Terry (reward model)."""
+"""Losses: policy gradient, and Bradley-Terry of reward models."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,23 +34,6 @@ def policy_gradient_loss(
     weights = advantages.detach().masked_fill(~response_mask, 0.0)
     total = (weights * log_probs.masked_fill(~response_mask, 0.0)).sum()
     return -total / (response_mask.sum().clamp(min=1) if num_tokens is None else num_tokens)
-
-
-def next_token_loss(log_probs: Tensor, loss_mask: Tensor, *, num_tokens: float | Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of the masked tokens: the policy-gradient loss with every advantage 1.
-
-    Args:
-        log_probs: Log-probabilities of the target tokens, in nats, with gradient, (B, T).
-        loss_mask: True at the tokens to learn, (B, T) bool.
-        num_tokens: Divisor, as in `policy_gradient_loss`; None takes this mask's count, at least 1.
-
-    Returns:
-        Scalar in nats per token.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
-    return policy_gradient_loss(log_probs, torch.ones_like(log_probs), loss_mask, num_tokens=num_tokens)
 
 
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:

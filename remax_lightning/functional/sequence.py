@@ -83,6 +83,28 @@ def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, on_the_left: bool)
     return ids, mask
 
 
+def align_left(values: Tensor, mask: Tensor) -> Tensor:
+    """Move the entries where the mask is True to the front of their rows, in their order.
+
+    Args:
+        values: One value per position, (B, L); False or 0 is written behind the entries.
+        mask: True at the entries to keep, (B, L) bool.
+
+    Returns:
+        (B, most entries of a row), the dtype of the values.
+
+    Example:
+        >>> mask = torch.tensor([[False, True, False, True], [True, False, False, False]])
+        >>> align_left(torch.tensor([[9, 5, 9, 6], [7, 9, 9, 9]]), mask).tolist()
+        [[5, 6], [7, 0]]
+    """
+    lengths = mask.sum(-1)
+    kept = length_mask(lengths, int(lengths.max()))
+    aligned = values.new_zeros(kept.shape)
+    aligned[kept] = values[mask]
+    return aligned
+
+
 def position_ids(mask: Tensor) -> Tensor:
     """Position of each token among the real tokens of its row.
 

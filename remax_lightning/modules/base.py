@@ -30,8 +30,10 @@ class TrainableModule(LightningModule):
         optimizer: Optimizer of the model's parameters; weight decay is left off norms and biases.
         lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
         warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
-        micro_batch_size: Rows (responses, pairs) for each forward and backward pass; the update does not depend on it,
-            the memory does. The default is the whole batch.
+        micro_batch_size: Rows (responses, pairs) for each forward and backward pass, those of like length together;
+            the update does not depend on it, the memory does. The default is the whole batch.
+        micro_batch_tokens: Tokens for each forward and backward pass, padding included; a longer row goes alone. With
+            both limits, the one that is reached first ends a micro-batch.
         max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
 
     Raises:
@@ -44,19 +46,22 @@ class TrainableModule(LightningModule):
         lr_schedule: LearningRateSchedule = "cosine",
         warmup_fraction: float = 0.0,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         max_grad_norm: float | None = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= warmup_fraction < 1:
             raise ValueError(f"warmup_fraction is a part of all steps, from 0 to below 1, got {warmup_fraction}")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+        for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, or null for no clipping, got {max_grad_norm}")
         self.automatic_optimization = False
         self.optimizer = optimizer
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
-        self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
+        self.max_grad_norm = max_grad_norm
         self.skipped_in_a_row = 0
         self.seconds: dict[str, float] = {}
         self.train_means, self.eval_means = Means(), Means()
@@ -90,14 +95,14 @@ class TrainableModule(LightningModule):
             )
         return int(steps)
 
-    def update(self, num_rows: int, loss: Callable[[Tensor], Tensor], num_terms: Tensor) -> None:
+    def update(self, lengths: Tensor, loss: Callable[[Tensor], Tensor], num_terms: Tensor) -> None:
         """One optimizer step on a batch, in micro-batches: the only one in the project.
 
         A step with nothing to learn from or with a gradient that is not finite is skipped and counted, by all
         processes alike, since the gradient is the same in all of them; the weights stay bitwise as they were.
 
         Args:
-            num_rows: Rows of this process's batch.
+            lengths: Tokens of each row of this process's batch, (B,).
             loss: From row indices to their summed loss, divided by ``num_terms``.
             num_terms: Number of :meth:`terms_per_process`; 0 if every row was dropped.
 
@@ -105,13 +110,13 @@ class TrainableModule(LightningModule):
             RuntimeError: After ten skipped steps in a row.
         """
         optimizer = cast(Optimizer, self.optimizers())
-        micro_batches = self.micro_batches(num_rows)
+        micro_batches = self.micro_batches(lengths)
         for number, rows in enumerate(micro_batches):
             with self._gradient_sync(number == len(micro_batches) - 1):
                 self.manual_backward(loss(rows))
         max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.trained_model.parameters(), max_norm)
-        is_usable = bool(torch.isfinite(norm) & (num_terms > 0))
+        is_usable = self.accepts_step() and bool(torch.isfinite(norm) & (num_terms > 0))
         self.train_means.add("grad_norm", norm)
         self.train_means.add("steps_skipped", torch.tensor(0.0 if is_usable else 1.0, device=self.device))
         self.train_means.add("learning_rate", torch.tensor(optimizer.param_groups[0]["lr"], device=self.device))
@@ -121,9 +126,22 @@ class TrainableModule(LightningModule):
         optimizer.zero_grad()
         self._count_skipped(is_usable)
 
-    def micro_batches(self, num_rows: int) -> tuple[Tensor, ...]:
-        """Row indices of each micro-batch."""
-        return torch.arange(num_rows, device=self.device).split(self.micro_batch_size or num_rows)
+    def accepts_step(self) -> bool:
+        """False skips the step, though its gradient is finite; all processes have to agree."""
+        return True
+
+    def micro_batches(self, lengths: Tensor) -> list[Tensor]:
+        """Row indices of each micro-batch, the longest rows first."""
+        order = lengths.argsort(descending=True, stable=True)
+        size = len(order) if self.micro_batch_size is None else self.micro_batch_size
+        if self.micro_batch_tokens is None:
+            return list(order.split(size))
+        micro_batches = []
+        while len(order) > 0:
+            fitting = self.micro_batch_tokens // max(int(lengths[order[0]]), 1)
+            micro_batches.append(order[: max(min(size, fitting), 1)])
+            order = order[len(micro_batches[-1]) :]
+        return micro_batches
 
     def _gradient_sync(self, is_last: bool) -> Any:
         """Processes exchange gradients once a step, after the last micro-batch."""

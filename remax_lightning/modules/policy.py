@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from remax_lightning.models.language_model import load_language_model, response_logits, stop_token_ids
+from remax_lightning.models.language_model import load_language_model, stop_token_ids
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.rollout import Rollout, RolloutEngine, Sampling, TransformersEngine
@@ -80,11 +80,6 @@ class PolicyModule(TrainableModule):
             {**row, "response": response, "greedy_response": greedy_response}
             for row, (response, greedy_response) in zip(rows_of(raw_columns(batch)), responses, strict=True)
         ]
-
-
-def logits_of(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """Logits from which the response tokens were chosen, (B, T, V)."""
-    return response_logits(model, rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
 
 
 def raw_columns(batch: dict[str, Any]) -> dict[str, list[Any]]:

@@ -55,7 +55,7 @@ class ReMax(PolicyGradientModule):
         """Sample y, decode g, score both."""
         sampled, greedy = self.generate(batch, greedy=True, greedy_max_new_tokens=self.greedy_max_new_tokens)
         assert greedy is not None
-        rewards, baselines = self.score(batch, sampled), self.score(batch, greedy)
+        rewards, baselines = self.score(batch, sampled, greedy)
         num_samples = self.sampling.num_samples
         self.train_means.add("identical_pairs", identical_rows(sampled, greedy, num_samples))
         with self.phase("reference"):

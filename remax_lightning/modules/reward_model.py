@@ -55,7 +55,10 @@ class RewardModel(TrainableModule):
         """Scores of the chosen and of the rejected responses of some pairs, (N,) each."""
         num_pairs = len(batch["input_ids"]) // 2
         rows = torch.cat([pairs, pairs + num_pairs])
-        chosen, rejected = sequence_scores(self.model, batch["input_ids"][rows], batch["attention_mask"][rows]).chunk(2)
+        mask = batch["attention_mask"][rows]
+        longest = int(mask.sum(dim=1).max())
+        scores = sequence_scores(self.model, batch["input_ids"][rows, :longest], mask[:, :longest])
+        chosen, rejected = scores.chunk(2)
         return chosen, rejected
 
     def all_scores(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -64,8 +67,8 @@ class RewardModel(TrainableModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step."""
-        num_rows = len(batch["input_ids"]) // 2
-        num_pairs = self.terms_per_process(torch.tensor(num_rows, device=self.device))
+        lengths = torch.maximum(*batch["attention_mask"].sum(dim=1).chunk(2))  # of the longer response of each pair
+        num_pairs = self.terms_per_process(torch.tensor(len(lengths), device=self.device))
 
         def loss(pairs: Tensor) -> Tensor:
             chosen, rejected = self.scores(batch, pairs)
@@ -75,7 +78,7 @@ class RewardModel(TrainableModule):
             return value * len(pairs) / num_pairs
 
         with self.phase("update"):
-            self.update(num_rows, loss, num_pairs)
+            self.update(2 * lengths, loss, num_pairs)
         self.log_training(progress=("loss", "accuracy"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

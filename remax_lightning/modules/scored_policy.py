@@ -8,10 +8,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from remax_lightning.functional.log_probs import kl_k1, token_log_probs
+from remax_lightning.functional.log_probs import kl_k1
 from remax_lightning.models.language_model import freeze, frozen_copy, load_language_model
+from remax_lightning.models.next_token import log_probs_of
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules.policy import PolicyModule, logits_of, raw_columns, rows_of
+from remax_lightning.modules.policy import PolicyModule, raw_columns, rows_of
 from remax_lightning.rewards import Reward
 from remax_lightning.rollout import Rollout
 
@@ -85,23 +86,31 @@ class ScoredPolicyModule(PolicyModule):
             self.reference.to(self.device)  # type: ignore[arg-type]
         self._frozen_on = self.device
 
-    def rewards_of(self, reward: Reward, batch: dict[str, Any], responses: list[str]) -> Tensor:
-        """A reward's scores of the responses to a batch of prompts, the responses of a prompt adjacent.
+    def rewards_of(self, reward: Reward, batch: dict[str, Any], *responses: list[str]) -> list[Tensor]:
+        """A reward's scores of lists of responses to a batch of prompts, in one call that has each response once.
 
-        Not-a-number where there is no usable score; all of them if the reward raises.
+        Args:
+            reward: The reward.
+            batch: Columns of B prompts.
+            *responses: Lists of a multiple of B responses, those of a prompt adjacent.
+
+        Returns:
+            Rewards for each list; not-a-number where there is no usable score, everywhere if the reward raises.
         """
-        repeats = len(responses) // len(batch["prompt_ids"])
-        columns = {
-            name: [value for value in column for _ in range(repeats)] for name, column in raw_columns(batch).items()
-        }
+        num_prompts = len(batch["prompt_ids"])
+        keys = [(index * num_prompts // len(texts), text) for texts in responses for index, text in enumerate(texts)]
+        number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        columns = {name: [column[prompt] for prompt, _ in number] for name, column in raw_columns(batch).items()}
         try:
-            rewards = reward(columns.pop("prompt"), responses, **columns).to(self.device)
+            rewards = reward(columns.pop("prompt"), [text for _, text in number], **columns).to(self.device)
         except Exception as error:
             # one failure of a reward must not end a run of days; the rows are dropped and counted, and a reward that
             # always fails ends it after MAX_SKIPPED_STEPS
-            rank_zero_warn(f"the reward failed, its {len(responses)} rows are dropped: {type(error).__name__}: {error}")
-            return torch.full((len(responses),), float("nan"), device=self.device)
-        return rewards.masked_fill(rewards.abs() > LARGEST_REWARD, float("nan"))
+            failure = f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"the reward failed for {len(number)} responses, their rows are dropped: {failure}")
+            rewards = torch.full((len(number),), float("nan"), device=self.device)
+        rewards = rewards.masked_fill(rewards.abs() > LARGEST_REWARD, float("nan"))
+        return list(rewards[[number[key] for key in keys]].split([len(texts) for texts in responses]))
 
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor | None:
@@ -109,11 +118,10 @@ class ScoredPolicyModule(PolicyModule):
         if self.reference is None:
             return None
         log_probs = torch.zeros(rollout.response_ids.shape, device=self.device)
-        for rows in self.micro_batches(len(log_probs)):
+        for rows in self.micro_batches(rollout.total_lengths):
             part = rollout.rows(rows)
-            logits = logits_of(self.reference, part)
-            values = token_log_probs(logits, part.response_ids, temperature=self.sampling.temperature)
-            log_probs[rows, : values.shape[1]] = values
+            values = log_probs_of(self.reference, *part.sequences(), temperature=self.sampling.temperature)
+            log_probs[rows, : part.response_ids.shape[1]] = part.at_tokens(values)
         return log_probs
 
     def scored_rows(self, policy: PreTrainedModel, batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -121,15 +129,16 @@ class ScoredPolicyModule(PolicyModule):
         sampled, greedy = self.respond(policy, batch, replace(self.sampling, num_samples=1))
         assert greedy is not None
         responses = self.texts(sampled)
+        rewards, baselines = self.rewards_of(self.reward, batch, responses, self.texts(greedy))
         columns: dict[str, Any] = {
             "response": responses,
-            "reward": self.rewards_of(self.reward, batch, responses).tolist(),
-            "baseline_reward": self.rewards_of(self.reward, batch, self.texts(greedy)).tolist(),
+            "reward": rewards.tolist(),
+            "baseline_reward": baselines.tolist(),
             "response_length": sampled.lengths.tolist(),
             "truncated": sampled.truncated.tolist(),
         }
         if self.judge is not None:
-            columns["judge_reward"] = self.rewards_of(self.judge, batch, responses).tolist()
+            columns["judge_reward"] = self.rewards_of(self.judge, batch, responses)[0].tolist()
         ref_log_probs = self.reference_log_probs(sampled)
         if ref_log_probs is not None:
             columns["kl"] = response_kl(replace(sampled, ref_log_probs=ref_log_probs)).tolist()

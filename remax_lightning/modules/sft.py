@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
-from remax_lightning.functional.log_probs import token_log_probs
-from remax_lightning.functional.losses import next_token_loss
+from remax_lightning.models.next_token import log_probs_of, policy_gradient_of
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rollout import Sampling
 
@@ -32,28 +32,25 @@ class SFT(PolicyModule):
     ) -> None:
         super().__init__(sampling=sampling, optimizer=optimizer, **kwargs)
 
-    def log_probs(self, batch: dict[str, Tensor]) -> Tensor:
-        """Log-prob of each token but the first, given those before it, nats, (B, L - 1)."""
-        ids = batch["input_ids"]
-        logits = self.policy(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits
-        return token_log_probs(logits[:, :-1], ids[:, 1:])
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step."""
-        num_tokens = self.terms_per_process(batch["loss_mask"][:, 1:].sum())
+        lengths = batch["attention_mask"].sum(dim=1)
+        num_tokens = self.terms_per_process(batch["loss_mask"].sum())
 
         def loss(rows: Tensor) -> Tensor:
-            part = {name: column[rows] for name, column in batch.items()}
-            log_probs, mask = self.log_probs(part), part["loss_mask"][:, 1:]
-            self.train_means.add("loss", -log_probs, mask)
-            return next_token_loss(log_probs, mask, num_tokens=num_tokens)
+            longest = int(lengths[rows].max())
+            ids, mask = batch["input_ids"][rows, :longest], batch["loss_mask"][rows, :longest]
+            weights = torch.ones(int(mask.sum()), device=ids.device) / num_tokens
+            output = policy_gradient_of(self.policy, ids, mask, weights)
+            self.train_means.add("loss", -output.log_probs)
+            return output.loss
 
         with self.phase("update"):
-            self.update(len(batch["input_ids"]), loss, num_tokens)
+            self.update(lengths, loss, num_tokens)
         self.log_training(progress=("loss",))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Negative log-likelihood of held-out demonstrations, nats per token."""
-        self.eval_means.add("loss", -self.log_probs(batch), batch["loss_mask"][:, 1:])
+        self.eval_means.add("loss", -log_probs_of(self.policy, batch["input_ids"], batch["loss_mask"]))
 
     test_step = validation_step

@@ -55,6 +55,7 @@ class PreallocatedCache(Cache):
 
     def __init__(self, num_layers: int, num_rows: int, max_length: int) -> None:
         super().__init__(layers=[_PreallocatedLayer(num_rows, max_length) for _ in range(num_layers)])
+        self.max_length = max_length
 
     def copy_rows(self, source: Tensor, target: Tensor) -> None:
         """Overwrite the target rows with the source rows, up to the filled length."""

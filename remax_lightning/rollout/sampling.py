@@ -17,7 +17,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple
     Returns:
         Tokens, (R,), and their log-probs at that temperature over the whole vocabulary, nats, (R,).
     """
-    scaled = logits.float() / sampling.temperature
+    scaled = logits.float()
+    if sampling.temperature != 1:
+        scaled = scaled / sampling.temperature
     log_total = scaled.logsumexp(dim=-1)
     kept = _nucleus(_top(scaled, sampling.top_k), sampling.top_p)
     weights = (kept - log_total[:, None]).exp_().cumsum(dim=-1)

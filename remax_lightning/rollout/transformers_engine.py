@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from remax_lightning.functional.keyed_random import keyed_uniforms, row_keys
 from remax_lightning.functional.sequence import length_mask, position_ids
+from remax_lightning.models.head import DecodingHead, plain_head, without_head
 from remax_lightning.models.language_model import context_length, evaluating
 from remax_lightning.rollout.engine import RolloutEngine
 from remax_lightning.rollout.kv_cache import PreallocatedCache, compaction
@@ -111,59 +112,88 @@ def _decode(
     stop_token_ids: Sequence[int],
 ) -> None:
     """Fill in the tokens, log-probs and lengths of all rows."""
-    width = prompt_ids.shape[1]
-    cache = PreallocatedCache(
-        policy.config.get_text_config().num_hidden_layers, len(rows.prompt), width + rows.tokens.shape[1]
-    )
+    num_rows, longest = rows.tokens.shape
+    next_logits = _Logits(policy, prompt_ids, prompt_mask, num_rows, longest)
     stops = torch.tensor(list(stop_token_ids), device=prompt_ids.device)
-    logits = policy(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
-        position_ids=position_ids(prompt_mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    slots = torch.arange(len(rows.prompt), device=prompt_ids.device)  # the row that stands in each slot
-    cache.copy_rows(rows.prompt, slots)
-    logits = logits[rows.prompt]
-    mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_mask), rows.tokens.shape[1])], dim=1)[rows.prompt]
-    starts = prompt_mask.sum(dim=1)[rows.prompt]
-    padded = not bool(prompt_mask.all())
-    for position in range(rows.tokens.shape[1]):
-        tokens = _choose(logits, rows, slots, position, sampling)
+    uniforms = keyed_uniforms(rows.keys[:, None], torch.arange(longest, device=prompt_ids.device)).t()  # (T, R)
+    logits = next_logits.of_prompts(rows.prompt)
+    slots = torch.arange(num_rows, device=prompt_ids.device)  # the row that stands in each slot
+    num_sampled = int((~rows.greedy).sum())
+    for position in range(longest):
+        sampled = slots[:num_sampled]
+        drawn, log_probs = sample_tokens(logits[:num_sampled], uniforms[position, sampled], sampling)
+        tokens = torch.cat([drawn, logits[num_sampled:].argmax(dim=-1)])
+        rows.log_probs[sampled, position] = log_probs
+        rows.tokens[slots, position] = tokens
         stopped = torch.isin(tokens, stops)
-        rows.stopped[slots] = stopped
         finished = stopped | (rows.limit[slots] == position + 1)
         if bool(finished.any()):
+            rows.stopped[slots] = stopped
             rows.lengths[slots[finished]] = position + 1
             source, target = compaction(~finished, rows.greedy[slots])
-            cache.copy_rows(source, target)
+            next_logits.move(source, target)
             tokens[target], slots[target] = tokens[source], slots[source]
-            num_live = int((~finished).sum())
+            num_sampled = num_sampled - int(finished[:num_sampled].sum())
+            num_live = len(slots) - int(finished.sum())
             tokens, slots = tokens[:num_live], slots[:num_live]
             if num_live == 0:
                 return
-        logits = policy(
-            input_ids=tokens[:, None],
-            attention_mask=mask[slots, : width + position + 1] if padded else None,
-            position_ids=(starts[slots] + position)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = next_logits.of_tokens(tokens)
 
 
-def _choose(logits: Tensor, rows: _Rows, slots: Tensor, position: int, sampling: Sampling) -> Tensor:
-    """Next tokens of the rows in the slots; they and their log-probs are written down."""
-    num_sampled = int((~rows.greedy[slots]).sum())
-    sampled = slots[:num_sampled]
-    uniforms = keyed_uniforms(rows.keys[sampled], position)
-    tokens, log_probs = sample_tokens(logits[:num_sampled], uniforms, sampling)
-    rows.log_probs[sampled, position] = log_probs
-    tokens = torch.cat([tokens, logits[num_sampled:].argmax(dim=-1)])
-    rows.tokens[slots, position] = tokens
-    return tokens
+class _Logits:
+    """The model with its cache: tokens in, the logits of the next ones out."""
+
+    def __init__(
+        self, policy: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, num_rows: int, max_new_tokens: int
+    ) -> None:
+        self.policy, self.prompt_ids, self.prompt_mask = policy, prompt_ids, prompt_mask
+        self.width = prompt_ids.shape[1]
+        num_layers = policy.config.get_text_config().num_hidden_layers
+        self.cache = PreallocatedCache(num_layers, num_rows, self.width + max_new_tokens)
+        head = plain_head(policy)
+        self.head = None if head is None else DecodingHead(head, num_rows)
+
+    def of_prompts(self, prompt: Tensor) -> Tensor:
+        """Logits after each row's prompt, (R, V)."""
+        self.mask: Tensor | None = None
+        if not bool(self.prompt_mask.all()):
+            ones = self.prompt_mask.new_ones(len(self.prompt_mask), self.cache.max_length - self.width)
+            self.mask = torch.cat([self.prompt_mask, ones], dim=1)[prompt]
+        self.positions = self.prompt_mask.sum(dim=1)[prompt, None]
+        logits = self._logits(self.prompt_ids, self.prompt_mask, position_ids(self.prompt_mask))[prompt]
+        self.cache.copy_rows(prompt, torch.arange(len(prompt), device=prompt.device))
+        return logits
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """Logits after the next token of each live row, (R, V)."""
+        num_rows = len(tokens)
+        mask = None if self.mask is None else self.mask[:num_rows, : self.cache.get_seq_length() + 1]
+        logits = self._logits(tokens[:, None], mask, self.positions[:num_rows])
+        self.positions = self.positions + 1
+        return logits
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Put rows in the place of others."""
+        self.cache.copy_rows(source, target)
+        self.positions[target] = self.positions[source]
+        if self.mask is not None:
+            self.mask[target] = self.mask[source]
+
+    def _logits(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        values = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        if self.head is None:
+            return self.policy(**values).logits[:, -1]
+        with without_head(self.head.head):
+            hidden = self.policy(**values).logits[:, -1]
+        return self.head(hidden)
 
 
 def _rollout(rows: _Rows, chosen: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:

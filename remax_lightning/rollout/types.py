@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field, fields
 
+import torch
 from torch import Tensor
+
+from remax_lightning.functional.sequence import align_left
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,22 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Length of each response in tokens, (B,)."""
         return self.response_mask.sum(dim=1)
+
+    @property
+    def total_lengths(self) -> Tensor:
+        """Length of each prompt with its response in tokens, (B,)."""
+        return self.prompt_mask.sum(dim=1) + self.lengths
+
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Prompts with their responses, right-padded, (B, L), and True at the response tokens, (B, L)."""
+        ids = torch.cat([self.prompt_ids, self.response_ids], dim=1)
+        is_response = torch.cat([torch.zeros_like(self.prompt_mask), self.response_mask], dim=1)
+        mask = torch.cat([self.prompt_mask, self.response_mask], dim=1)
+        return align_left(ids, mask), align_left(is_response, mask)
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """Values of all response tokens, row by row, in their places, (B, T); 0 elsewhere."""
+        return values.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, values)
 
     def rows(self, index: Tensor) -> "Rollout":
         """The rows of an index, without the columns that are padding in all of them."""

@@ -71,7 +71,7 @@ def test_padding(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     forward = module.policy.forward
 
     def blind(**inputs: Any) -> Any:
-        mask = inputs["attention_mask"]
+        mask = inputs.get("attention_mask")
         return forward(**{**inputs, "attention_mask": None if mask is None else torch.ones_like(mask)})
 
     monkeypatch.setattr(module.policy, "forward", blind)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from remax_lightning.functional import bradley_terry_loss, next_token_loss, policy_gradient_loss, token_log_probs
+from remax_lightning.functional import bradley_terry_loss, policy_gradient_loss, token_log_probs
 
 
 @pytest.fixture
@@ -17,11 +17,12 @@ def batch():
     return logits, tokens, advantages, mask
 
 
-def test_next_token_loss_equals_cross_entropy_with_ignored_labels(batch):
+def test_with_every_advantage_one_it_is_cross_entropy_with_ignored_labels(batch):
     logits, tokens, _, mask = batch
     labels = tokens.masked_fill(~mask, -100)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-    torch.testing.assert_close(next_token_loss(token_log_probs(logits, tokens), mask), expected)
+    log_probs = token_log_probs(logits, tokens)
+    torch.testing.assert_close(policy_gradient_loss(log_probs, torch.ones_like(log_probs), mask), expected)
 
 
 def test_the_gradient_is_minus_the_advantage_over_the_token_count(batch):
@@ -107,7 +108,5 @@ def test_shapes_that_would_broadcast_are_refused(batch):
         policy_gradient_loss(log_probs, advantages[:, :1], mask)
     with pytest.raises(ValueError, match=r"response_mask must hold .*\(6, 5\), got \(5,\)"):
         policy_gradient_loss(log_probs, advantages, mask[0])
-    with pytest.raises(ValueError, match=r"response_mask must hold .*\(6, 5\), got \(6, 4\)"):
-        next_token_loss(log_probs, mask[:, 1:])
     with pytest.raises(ValueError, match=r"rejected_scores must hold .*\(3,\), got \(3, 1\)"):
         bradley_terry_loss(torch.zeros(3), torch.zeros(3, 1))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from remax_lightning.functional import (
+    align_left,
     last_token_index,
     left_pad,
     length_mask,
@@ -71,6 +72,15 @@ def test_positions_of_real_tokens_do_not_depend_on_the_padding():
         assert [p[m].tolist() for p, m in zip(positions, mask, strict=True)] == [list(range(len(r))) for r in ROWS]
     assert position_ids(left_pad(ROWS, 0)[1])[1].tolist() == [0, 0, 0, 0]
     assert positions.min() == 0
+
+
+def test_aligning_keeps_each_rows_entries_in_their_order():
+    prompts, responses = left_pad(ROWS, 3), right_pad(ROWS[::-1], 4)
+    ids, mask = (torch.cat(pair, dim=1) for pair in zip(prompts, responses, strict=True))
+    whole = [first + second for first, second in zip(ROWS, ROWS[::-1], strict=True)]
+    expected, kept = right_pad(whole, 0)
+    assert torch.equal(align_left(ids, mask), expected)
+    assert torch.equal(align_left(mask, mask), kept)
 
 
 def test_the_last_token_is_found_on_either_side():

@@ -136,7 +136,7 @@ def test_a_row_without_a_finite_reward_is_dropped(
 @pytest.mark.parametrize("side", ["sampled", "greedy"])
 def test_a_row_is_dropped_for_either_side(policy: str, tmp_path: Path, side: str) -> None:
     clean, broken = [3.0, 1.0, 4.0, 1.0, 5.0], [3.0, float("nan"), 4.0, 1.0, 5.0]
-    reward = Recorder(broken, clean) if side == "sampled" else Recorder(clean, broken)
+    reward = Recorder(broken + clean if side == "sampled" else clean + broken)
     history = tiny.fit(tiny.remax(policy, reward), tiny.prompt_data(tmp_path), tmp_path)
     assert history["train/rows_dropped"] == [1.0]
     assert history["train/reward"] == history["train/baseline_reward"] == [3.25]
@@ -144,10 +144,8 @@ def test_a_row_is_dropped_for_either_side(policy: str, tmp_path: Path, side: str
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_a_batch_without_rewards_changes_nothing(policy: str, tmp_path: Path, micro_batch_size: int | None) -> None:
-    module = tiny.remax(policy, Recorder(*[[1.0, 2.0]] * 2, *[[float("nan")] * 2] * 2, *[[3.0, 1.0]] * 2))
+    module = tiny.remax(policy, Recorder([1.0, 2.0, 0.0, 0.0], [float("nan")] * 4, [3.0, 1.0, 0.0, 0.0]))
     module.optimizer, module.micro_batch_size = adam(), micro_batch_size
-    module.reward.answers[1] = [0.0, 0.0]
-    module.reward.answers[5] = [0.0, 0.0]
     snapshots = Snapshots()
     data = tiny.prompt_data(tmp_path, rows("", ""), batch_size=2)
     history = tiny.fit(module, data, tmp_path, steps=2, callbacks=[snapshots])
@@ -170,8 +168,8 @@ def test_ten_skipped_steps_in_a_row_end_the_run(policy: str, tmp_path: Path) -> 
 
 
 def test_a_used_step_starts_the_count_again(policy: str, tmp_path: Path) -> None:
-    bad, good = [[float("nan")]] * 2, [[1.0], [0.0]]
-    module = tiny.remax(policy, Recorder(*bad * 9, *good, *bad * 9, *good))
+    bad, good = [float("nan")] * 2, [1.0, 0.0]
+    module = tiny.remax(policy, Recorder(*[bad] * 9, good, *[bad] * 9, good))
     history = tiny.fit(module, tiny.prompt_data(tmp_path, rows("")), tmp_path, steps=2)
     assert history["train/steps_skipped"] == [*[1.0] * 9, 0.0] * 2
 
@@ -190,12 +188,11 @@ class Failing(Recorder):
         return super().__call__(prompts, responses, **columns)
 
 
-@pytest.mark.parametrize("call", [2, 3])
-def test_a_reward_that_fails_once_costs_one_step(policy: str, tmp_path: Path, call: int) -> None:
-    module = tiny.remax(policy, Failing({call}, *[[1.0, 3.0], [0.0, 0.0]] * 3), optimizer=adam())
+def test_a_reward_that_fails_once_costs_one_step(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, Failing({1}, *[[1.0, 3.0, 0.0, 0.0]] * 3), optimizer=adam())
     snapshots = Snapshots()
     data = tiny.prompt_data(tmp_path, rows("", ""), batch_size=2)
-    with pytest.warns(match="the reward failed, its 2 rows are dropped: ConnectionError: the reward's server is away"):
+    with pytest.warns(match="failed for 4 responses, their rows are dropped: ConnectionError: the reward's server"):
         history = tiny.fit(module, data, tmp_path, steps=2, callbacks=[snapshots])
     assert history["train/rows_dropped"] == [0.0, 2.0, 0.0]
     assert history["train/steps_skipped"] == [0.0, 1.0, 0.0]
@@ -213,7 +210,7 @@ def test_a_reward_that_always_fails_ends_the_run(policy: str, tmp_path: Path) ->
 def test_a_reward_with_a_wrong_count_drops_its_rows(policy: str, tmp_path: Path) -> None:
     module = tiny.remax(policy, "too_few", optimizer=adam())
     with (
-        pytest.warns(match="ValueError: reward_functions.too_few must return one reward a response: 5, got 4"),
+        pytest.warns(match="ValueError: reward_functions.too_few must return one reward a response: 10, got 9"),
         pytest.raises(RuntimeError, match="10 steps in a row"),
     ):
         tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=30)
@@ -258,13 +255,13 @@ def test_reward_metrics_hold_the_two_sides_apart(policy: str, tmp_path: Path) ->
     history = tiny.fit(
         module, tiny.prompt_data(tmp_path, [{"prompt": p, "answer": p[::-1]} for p in PROMPTS]), tmp_path
     )
-    sampled, greedy = reward.calls
-    assert [len(call["responses"]) for call in reward.calls] == [15, 5]
-    assert history["train/reward"] == [pytest.approx(sum(sampled["rewards"]) / 15)]
-    assert history["train/baseline_reward"] == [pytest.approx(sum(greedy["rewards"]) / 5)]
-    assert sampled["prompts"] == [prompt for prompt in greedy["prompts"] for _ in range(3)]
-    assert sampled["answer"] == [prompt[::-1] for prompt in sampled["prompts"]]
-    assert set(sampled) == {"prompts", "responses", "rewards", "answer"}
+    (call,) = reward.calls
+    assert len(call["responses"]) == 20
+    assert history["train/reward"] == [pytest.approx(sum(call["rewards"][:15]) / 15)]
+    assert history["train/baseline_reward"] == [pytest.approx(sum(call["rewards"][15:]) / 5)]
+    assert call["prompts"][:15] == [prompt for prompt in call["prompts"][15:] for _ in range(3)]
+    assert call["answer"] == [prompt[::-1] for prompt in call["prompts"]]
+    assert set(call) == {"prompts", "responses", "rewards", "answer"}
 
 
 def test_drift_stays_small_at_another_temperature(policy: str, tmp_path: Path) -> None:
@@ -380,9 +377,16 @@ def test_each_step_draws_other_responses(policy: str, tmp_path: Path) -> None:
     reward = Recorder()
     module = tiny.remax(policy, reward, optimizer=tiny.sgd(0.0))
     tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=2)
-    first, greedy, second, again = (dict(zip(call["prompts"], call["responses"], strict=True)) for call in reward.calls)
-    assert greedy == again
-    assert all(first[prompt] != second[prompt] for prompt in PROMPTS)
+    first, second = ([dict(zip(PROMPTS, part, strict=True)) for part in halves(call)] for call in reward.calls)
+    assert first[1] == second[1]
+    assert all(first[0][prompt] != second[0][prompt] for prompt in PROMPTS)
+
+
+def halves(call: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Sampled and greedy responses in the order of PROMPTS."""
+    first, second = call["responses"][:5], call["responses"][5:]
+    order = [call["prompts"][:5].index(prompt) for prompt in PROMPTS]
+    return [first[place] for place in order], [second[place] for place in order]
 
 
 def test_fp16_mixed_is_refused(policy: str) -> None:

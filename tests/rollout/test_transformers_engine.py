@@ -172,10 +172,11 @@ def test_modes_are_restored() -> None:
     before = [module.training for module in model.modules()]
     generate(model, batch)
     assert [module.training for module in model.modules()] == before
-    model.lm_head.forward = None  # the decoding raises
+    model.model.norm.forward = None  # the decoding raises
     with pytest.raises(TypeError):
         generate(model, batch)
     assert [module.training for module in model.modules()] == before
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_dropout_is_off_in_a_rollout() -> None:
