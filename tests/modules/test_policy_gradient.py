@@ -1,7 +1,9 @@
 """The one manual-optimization loop: what it drops, skips, clips, schedules and logs."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,12 @@ import tiny
 import torch
 from tiny import PROMPTS
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+from remax_lightning.functional import fused_head
+from remax_lightning.models import head
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import ReMax
 from remax_lightning.rewards import Reward
@@ -439,3 +445,146 @@ def test_a_module_can_be_trained_again(policy: str, tmp_path: Path) -> None:
     once = deepcopy(final(module))
     tiny.fit(module, data, tmp_path)
     assert not tiny.are_equal(once, final(module))
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 3, 9, 2, 30, 1], [4] * 6, [1]])
+@pytest.mark.parametrize(("size", "tokens"), [(None, 10), (None, 1), (2, 1000), (3, 12), (None, 1000), (3, None)])
+def test_micro_batches_hold_their_limits(policy: str, lengths: list[int], size: int | None, tokens: int | None) -> None:
+    module = tiny.remax(policy, micro_batch_size=size, micro_batch_tokens=tokens)
+    parts = [[lengths[row] for row in rows.tolist()] for rows in module.micro_batches(torch.tensor(lengths))]
+    assert [length for part in parts for length in part] == sorted(lengths, reverse=True)
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        assert len(part) <= (size or len(lengths))
+        assert len(part) == 1 or len(part) * max(part) <= (tokens or 1000)
+        if following is not None:  # not smaller than it has to be
+            assert len(part) == size or (len(part) + 1) * max(part) > (tokens or 1000)
+
+
+def test_the_update_does_not_depend_on_the_token_budget(policy: str, other: str, tmp_path: Path) -> None:
+    results, sizes = [], []
+    for budget in (None, 1, 40):
+        module = tiny.remax(policy, kl_coef=0.1, reference=ModelSource(path=other), micro_batch_tokens=budget)
+        split = module.micro_batches
+        module.micro_batches = lambda lengths, split=split: note(sizes, split(lengths))
+        tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=2)
+        results.append(final(module))
+    assert {1, 5} < set(sizes)
+    for result in results[1:]:
+        tiny.assert_close(result, results[0])
+
+
+def note(sizes: list[int], parts: list[Tensor]) -> list[Tensor]:
+    sizes += map(len, parts)
+    return parts
+
+
+class Forwards:
+    """Rows of each training forward of a module's policy."""
+
+    def __init__(self, module: ReMax) -> None:
+        module.configure_model()
+        self.rows: list[int] = []
+        module.policy.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, policy: Any, args: Any, inputs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self.rows.append(len(inputs["input_ids"]))
+
+
+def test_rows_without_advantage_cost_nothing_and_change_nothing(policy: str, tmp_path: Path) -> None:
+    """Two of five responses are worth what their baselines are; the update is that of all rows, none left out."""
+    values = [3.0, 1.0, 0.0, 2.0, 5.0]
+    module, whole = (tiny.remax(policy, Recorder([*values, 0.0, 1.0, 0.0, 0.0, 0.0])) for _ in range(2))
+    forwards, all_rows = Forwards(module), Forwards(whole)
+    # a penalty too small to be felt gives every row an advantage
+    loss = whole.advantages
+    whole.advantages = lambda rollout: loss(rollout) + 1e-30 * rollout.response_mask
+    data = tiny.prompt_data(tmp_path)
+    tiny.fit(module, data, tmp_path)
+    tiny.fit(whole, data, tmp_path)
+    assert (forwards.rows, all_rows.rows) == ([3], [5])
+    tiny.assert_close(final(module), final(whole))
+
+
+def test_a_step_without_any_advantage_is_a_step_of_gradient_zero(policy: str, tmp_path: Path) -> None:
+    module = tiny.remax(policy, Recorder([1.0] * 10), optimizer=tiny.sgd(weight_decay=0.1))
+    forwards = Forwards(module)
+    history = tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path)
+    assert forwards.rows == [1]
+    assert history["train/grad_norm"] == history["train/steps_skipped"] == [0.0]
+    decayed = next(name for name in final(module) if name.endswith("down_proj.weight"))
+    torch.testing.assert_close(final(module)[decayed], 0.9 * start(policy)[decayed])
+
+
+def test_equal_responses_to_a_prompt_are_scored_once(policy: str, tmp_path: Path) -> None:
+    reward = Recorder()
+    sampling = Sampling(12, temperature=1e-4, num_samples=2)  # as good as greedy
+    history = tiny.fit(tiny.remax(policy, reward, sampling=sampling), tiny.prompt_data(tmp_path), tmp_path)
+    (call,) = reward.calls
+    assert sorted(call["prompts"]) == sorted(PROMPTS)
+    assert history["train/identical_pairs"] == [1.0]
+    assert history["train/reward"] == history["train/baseline_reward"] == [pytest.approx(sum(call["rewards"]) / 5)]
+
+
+@pytest.mark.parametrize(("limit", "skipped"), [(None, 0.0), (1e-3, 1.0), (10.0, 0.0)])
+def test_a_step_whose_sampler_drifts_beyond_the_limit_is_skipped(
+    policy: str, tmp_path: Path, limit: float | None, skipped: float
+) -> None:
+    module = tiny.remax(policy, max_log_prob_drift=limit)
+    generate = module.engine.generate
+
+    def drifting(*args: Any, **options: Any) -> Any:
+        sampled, greedy = generate(*args, **options)
+        return replace(sampled, log_probs=sampled.log_probs - 0.01), greedy
+
+    module.engine = SimpleNamespace(generate=drifting)
+    history = tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, limit_train_batches=1, max_epochs=1)
+    assert history["train/log_prob_drift"] == [pytest.approx(0.01, rel=1e-2)]
+    assert history["train/steps_skipped"] == [skipped]
+    assert tiny.are_equal(start(policy), final(module)) == bool(skipped)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = function(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor):
+                self.size = max(self.size, output.numel())
+        return outputs
+
+
+@pytest.mark.parametrize("method", ["fused", "plain"])
+def test_a_step_never_has_the_logits_of_all_tokens(policy: str, tmp_path: Path, method: str) -> None:
+    """8 prompts, at least 90 tokens: a step's largest tensor is far below their logits; the plain path shows them."""
+    rows = [{"prompt": "Tell me " * 3 + letter} for letter in "abcdefgh"]
+    module = tiny.remax(policy, kl_coef=0.1, sampling=Sampling(40), seed=3)
+    module.configure_model()
+    vocabulary = 4096
+    for model in (module.policy, module.reference):
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        if method == "plain":
+            head._has_plain_head[model] = False
+    lengths: list[int] = []
+    advantages = module.advantages
+    module.advantages = lambda rollout: (lengths.append(int(rollout.response_mask.sum())), advantages(rollout))[1]
+    with Largest() as largest, fused_head_chunks(16):
+        tiny.fit(module, tiny.prompt_data(tmp_path, rows), tmp_path)
+    weights = vocabulary * 32
+    assert lengths[0] > 3 * weights / vocabulary
+    assert (largest.size < lengths[0] * vocabulary) == (method == "fused")
+    assert method == "plain" or largest.size <= weights
+
+
+@contextmanager
+def fused_head_chunks(size: int) -> Iterator[None]:
+    """Chunks of so many tokens in the fused head, in place of its own choice."""
+    checked = fused_head._checked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_head, "_checked", lambda *args: checked(*args[:-1], size))
+        yield
