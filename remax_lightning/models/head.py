@@ -34,7 +34,7 @@ def _passes_through(model: PreTrainedModel, head: nn.Linear) -> bool:
     handle = head.register_forward_hook(lambda _, __, output: marks.to(output.dtype).expand_as(output))
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
-        logits = model(input_ids=token, use_cache=False).logits
+        logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
     finally:
         handle.remove()
     return torch.equal(logits[0, -1].float(), marks.float())

@@ -65,5 +65,6 @@ def _states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """What the model returns at the positions that predict the tokens of the mask, (N, V); without its head, (N, H)."""
     length = ids.shape[1]
     first = int(mask.any(dim=0).int().argmax()) if bool(mask.any()) else length
-    outputs = model(input_ids=ids, logits_to_keep=length - first + 1, use_cache=False).logits
+    whole = torch.ones_like(ids)  # some models warn where they are given no mask
+    outputs = model(input_ids=ids, attention_mask=whole, logits_to_keep=length - first + 1, use_cache=False).logits
     return outputs[:, :-1][mask[:, first:]]

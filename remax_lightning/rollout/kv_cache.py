@@ -14,11 +14,12 @@ class _PreallocatedLayer(CacheLayerMixin):
         super().__init__()
         self.num_rows, self.max_length = num_rows, max_length
         self.length = 0
+        self.position: Tensor | None = None  # of the next token, (1,); None until the cache is static
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, states in (("keys", key_states), ("values", value_states)):
             _, heads, _, size = states.shape
-            setattr(self, name, states.new_empty(self.num_rows, heads, self.max_length, size))
+            setattr(self, name, states.new_zeros(self.num_rows, heads, self.max_length, size))
         self.is_initialized = True
 
     def update(
@@ -26,19 +27,25 @@ class _PreallocatedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, start, end = key_states.shape[0], self.length, self.length + key_states.shape[2]
         assert self.keys is not None
         assert self.values is not None
+        rows = key_states.shape[0]
+        if self.position is not None:
+            self.keys[:rows].index_copy_(2, self.position, key_states)
+            self.values[:rows].index_copy_(2, self.position, value_states)
+            return self.keys[:rows], self.values[:rows]
+        start, end = self.length, self.length + key_states.shape[2]
         self.keys[:rows, :, start:end] = key_states
         self.values[:rows, :, start:end] = value_states
         self.length = end
         return self.keys[:rows, :, :end], self.values[:rows, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return (self.length + query_length if self.position is None else self.max_length), 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        # a static cache of transformers answers with a tensor, so that a compiled step does not depend on the number
+        return self.length if self.position is None else self.position[0]  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         return self.max_length
@@ -54,15 +61,41 @@ class PreallocatedCache(Cache):
     """
 
     def __init__(self, num_layers: int, num_rows: int, max_length: int) -> None:
-        super().__init__(layers=[_PreallocatedLayer(num_rows, max_length) for _ in range(num_layers)])
+        self.attention_layers = [_PreallocatedLayer(num_rows, max_length) for _ in range(num_layers)]
+        super().__init__(layers=list(self.attention_layers))
         self.max_length = max_length
+
+    def reset(self) -> None:
+        """Empty, to be filled from the first column."""
+        for layer in self.attention_layers:
+            layer.length, layer.position, layer.is_compileable = 0, None, False
+
+    def make_static(self) -> None:
+        """From here on the rows are handed out whole, and where they are filled is a tensor, not a number.
+
+        So every decoding step has the same shapes and addresses, as a compiled one needs; what is not filled yet has
+        to be masked.
+        """
+        keys = self.attention_layers[0].keys
+        assert keys is not None
+        self.position = torch.tensor([self.attention_layers[0].length], device=keys.device)
+        for layer in self.attention_layers:
+            layer.position, layer.is_compileable = self.position, True
+            for tensor in (layer.keys, layer.values, self.position):
+                if tensor is not None:  # a layer that shares another's keys and values
+                    torch._dynamo.mark_static_address(tensor)
+
+    def advance(self) -> None:
+        """One more column is filled."""
+        self.position += 1
+        for layer in self.attention_layers:
+            layer.length += 1
 
     def copy_rows(self, source: Tensor, target: Tensor) -> None:
         """Overwrite the target rows with the source rows, up to the filled length."""
         if source.numel() == 0:
             return
-        for layer in self.layers:
-            assert isinstance(layer, _PreallocatedLayer)
+        for layer in self.attention_layers:
             for states in (layer.keys, layer.values):
                 if states is None:  # a layer that shares another's keys and values
                     continue

@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remax_lightning.functional.keyed_random import keyed_uniforms, row_keys
-from remax_lightning.functional.sequence import length_mask, position_ids
-from remax_lightning.models.head import DecodingHead, plain_head, without_head
+from remax_lightning.functional.sequence import length_mask
 from remax_lightning.models.language_model import context_length, evaluating
 from remax_lightning.rollout.engine import RolloutEngine
-from remax_lightning.rollout.kv_cache import PreallocatedCache, compaction
+from remax_lightning.rollout.kv_cache import compaction
+from remax_lightning.rollout.next_logits import Caches, CompiledNextLogits, NextLogits
 from remax_lightning.rollout.sampling import sample_tokens
 from remax_lightning.rollout.types import Rollout, Sampling
 
@@ -36,7 +36,16 @@ class TransformersEngine(RolloutEngine):
 
     Each prompt is prefilled once, into a key-value cache of fixed size. Its sampled and greedy rows are decoded in one
     batch, which a finished row leaves.
+
+    Args:
+        compile: Compile the decoding step, on a GPU into a CUDA graph: pays off in long runs of models whose step is
+            short. Compiling takes up to a minute for each model, and again as the batch shrinks; on a CPU it needs a
+            C++ compiler.
     """
+
+    def __init__(self, compile: bool = False) -> None:
+        self.compile = compile
+        self.caches: Caches = {}
 
     @torch.no_grad()
     def generate(
@@ -60,7 +69,9 @@ class TransformersEngine(RolloutEngine):
         prompt_ids, mask = batch["prompt_ids"][:, -width:], mask[:, -width:]
         rows = _start(batch["prompt_index"], sampling, greedy, limits, seed, step)
         with evaluating(policy):
-            _decode(policy, prompt_ids, mask, rows, sampling, stop_token_ids)
+            inputs = (policy, prompt_ids, mask, *rows.tokens.shape)
+            next_logits = CompiledNextLogits(self.caches, *inputs) if self.compile else NextLogits(*inputs)
+            _decode(next_logits, rows, sampling, stop_token_ids)
         sampled = _rollout(rows, ~rows.greedy, prompt_ids, mask)
         return sampled, _rollout(rows, rows.greedy, prompt_ids, mask) if greedy else None
 
@@ -103,21 +114,13 @@ def _start(
     )
 
 
-def _decode(
-    policy: PreTrainedModel,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    rows: _Rows,
-    sampling: Sampling,
-    stop_token_ids: Sequence[int],
-) -> None:
+def _decode(next_logits: NextLogits, rows: _Rows, sampling: Sampling, stop_token_ids: Sequence[int]) -> None:
     """Fill in the tokens, log-probs and lengths of all rows."""
-    num_rows, longest = rows.tokens.shape
-    next_logits = _Logits(policy, prompt_ids, prompt_mask, num_rows, longest)
-    stops = torch.tensor(list(stop_token_ids), device=prompt_ids.device)
-    uniforms = keyed_uniforms(rows.keys[:, None], torch.arange(longest, device=prompt_ids.device)).t()  # (T, R)
+    (num_rows, longest), device = rows.tokens.shape, rows.tokens.device
+    stops = torch.tensor(list(stop_token_ids), device=device)
+    uniforms = keyed_uniforms(rows.keys[:, None], torch.arange(longest, device=device)).t()  # (T, R)
     logits = next_logits.of_prompts(rows.prompt)
-    slots = torch.arange(num_rows, device=prompt_ids.device)  # the row that stands in each slot
+    slots = torch.arange(num_rows, device=device)  # the row that stands in each slot
     num_sampled = int((~rows.greedy).sum())
     for position in range(longest):
         sampled = slots[:num_sampled]
@@ -139,61 +142,6 @@ def _decode(
             if num_live == 0:
                 return
         logits = next_logits.of_tokens(tokens)
-
-
-class _Logits:
-    """The model with its cache: tokens in, the logits of the next ones out."""
-
-    def __init__(
-        self, policy: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, num_rows: int, max_new_tokens: int
-    ) -> None:
-        self.policy, self.prompt_ids, self.prompt_mask = policy, prompt_ids, prompt_mask
-        self.width = prompt_ids.shape[1]
-        num_layers = policy.config.get_text_config().num_hidden_layers
-        self.cache = PreallocatedCache(num_layers, num_rows, self.width + max_new_tokens)
-        head = plain_head(policy)
-        self.head = None if head is None else DecodingHead(head, num_rows)
-
-    def of_prompts(self, prompt: Tensor) -> Tensor:
-        """Logits after each row's prompt, (R, V)."""
-        self.mask: Tensor | None = None
-        if not bool(self.prompt_mask.all()):
-            ones = self.prompt_mask.new_ones(len(self.prompt_mask), self.cache.max_length - self.width)
-            self.mask = torch.cat([self.prompt_mask, ones], dim=1)[prompt]
-        self.positions = self.prompt_mask.sum(dim=1)[prompt, None]
-        logits = self._logits(self.prompt_ids, self.prompt_mask, position_ids(self.prompt_mask))[prompt]
-        self.cache.copy_rows(prompt, torch.arange(len(prompt), device=prompt.device))
-        return logits
-
-    def of_tokens(self, tokens: Tensor) -> Tensor:
-        """Logits after the next token of each live row, (R, V)."""
-        num_rows = len(tokens)
-        mask = None if self.mask is None else self.mask[:num_rows, : self.cache.get_seq_length() + 1]
-        logits = self._logits(tokens[:, None], mask, self.positions[:num_rows])
-        self.positions = self.positions + 1
-        return logits
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Put rows in the place of others."""
-        self.cache.copy_rows(source, target)
-        self.positions[target] = self.positions[source]
-        if self.mask is not None:
-            self.mask[target] = self.mask[source]
-
-    def _logits(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-        values = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": self.cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        if self.head is None:
-            return self.policy(**values).logits[:, -1]
-        with without_head(self.head.head):
-            hidden = self.policy(**values).logits[:, -1]
-        return self.head(hidden)
 
 
 def _rollout(rows: _Rows, chosen: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:

@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from remax_lightning.functional.log_probs import token_log_probs
 from remax_lightning.functional.sequence import left_pad
 from remax_lightning.models.language_model import response_logits
-from remax_lightning.rollout import Rollout, Sampling, TransformersEngine
+from remax_lightning.rollout import Rollout, Sampling, TransformersEngine, next_logits
 
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "opt", "gemma", "mistral", "gemma2"]
 STOPS = [1, 5, 9]
@@ -221,3 +221,36 @@ def test_rows_leave_out_common_padding() -> None:
     assert part.prompt_ids.shape[1] == 6
     assert part.response_ids.shape[1] == int(rollout.lengths[[0, 2]].max())
     assert texts(part) == [texts(rollout)[0], texts(rollout)[2]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "gemma", "mistral", "gemma2"])
+@pytest.mark.parametrize("lengths", [[3, 11, 6, 4], [5, 5, 5, 5]])
+def test_the_step_of_constant_shape_gives_the_same_responses(
+    architecture: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: next_logits._step)
+    model, batch, engine = tiny.language_model(architecture), prompts(lengths), TransformersEngine(compile=True)
+    sampling = Sampling(24, num_samples=2)
+    expected = TransformersEngine().generate(model, batch, sampling, stop_token_ids=STOPS)
+    for _ in range(2):  # the second time in the cache of the first
+        for rollout, other in zip(engine.generate(model, batch, sampling, stop_token_ids=STOPS), expected, strict=True):
+            assert texts(rollout) == texts(other)
+    assert len(engine.caches) == 1
+    rollout = engine.generate(model, batch, sampling, stop_token_ids=STOPS)[0]
+    torch.testing.assert_close(rollout.log_probs, expected[0].log_probs, atol=1e-4, rtol=0)
+
+
+def test_the_compiled_step_is_compiled_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    # the backend that needs no C++ compiler
+    step = torch.compile(next_logits._step, backend="eager", fullgraph=True)
+    monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: step)
+    model, batch = tiny.language_model(), prompts([3, 11, 6, 4, 9, 2])
+    engine, lengths = TransformersEngine(compile=True), []
+    for number in range(3):
+        for rollout in engine.generate(model, batch, Sampling(40), stop_token_ids=STOPS, step=number):
+            lengths += rollout.lengths.tolist()
+    assert len(set(lengths)) > 5
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4  # all rows, half of them, ...
