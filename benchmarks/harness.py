@@ -1,18 +1,25 @@
 """Runs two contenders in turn, each in its own process, and compares CPU seconds and peak memory."""
 
+import importlib.metadata
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
 from rich.console import Console
 from rich.table import Table
+
+
+def peak_mib() -> float:
+    """Peak memory of this process so far, MiB; unlike ``ru_maxrss`` not that of the process it was started by."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
 
 
 def measure(build: Callable[[], Callable[[int], Any]], size: int) -> dict[str, Any]:
@@ -22,18 +29,17 @@ def measure(build: Callable[[], Callable[[int], Any]], size: int) -> dict[str, A
         build: Makes the work: a function of its size.
         size: Size to measure; a small one goes before as a warm-up.
     """
-    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imports = peak_mib()
     work = build()
     work(2)
     start = time.process_time()
     answer = work(size)
     seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"cpu_seconds": seconds, "peak_mib": (peak - imports) / 1024, "answer": answer}
+    return {"cpu_seconds": seconds, "peak_mib": peak_mib() - imports, "answer": answer}
 
 
 def contend(script: str, case: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Run a case with the peer and with ours in turn; the minimum over the repeats of each."""
+    """Run a case with the peer and with ours in turn; of each the fastest run and the least peak memory."""
     runs: dict[str, list[dict[str, Any]]] = {"peer": [], "ours": []}
     for _ in range(repeats):
         for contender in runs:
@@ -41,9 +47,7 @@ def contend(script: str, case: dict[str, Any], repeats: int) -> dict[str, Any]:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
             runs[contender].append(json.loads(output.splitlines()[-1]))
-    best = {
-        name: {key: min(run[key] for run in each) for key in ("cpu_seconds", "peak_mib")} for name, each in runs.items()
-    }
+    best = {name: fastest(each) for name, each in runs.items()}
     return {
         "name": case["name"],
         "time_ratio": best["peer"]["cpu_seconds"] / best["ours"]["cpu_seconds"],
@@ -53,8 +57,15 @@ def contend(script: str, case: dict[str, Any], repeats: int) -> dict[str, Any]:
     }
 
 
-def conclude(name: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Print the table and, as the last line, the JSON object."""
+def fastest(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of the least CPU seconds without its answer, with the least peak memory of all runs."""
+    best = min(runs, key=lambda run: run["cpu_seconds"])
+    figures = {name: value for name, value in best.items() if name != "answer"}
+    return {**figures, "peak_mib": min(run["peak_mib"] for run in runs)}
+
+
+def conclude(name: str, cases: list[dict[str, Any]], packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Print the table and, as the last line, the JSON object, which names the versions of further packages."""
     table = Table("case", "peer, CPU s", "ours, CPU s", "time, peer / ours", "memory, ours / peer", "same answer")
     for case in cases:
         seconds = (f"{case[contender]['cpu_seconds']:.2f}" for contender in ("peer", "ours"))
@@ -62,6 +73,7 @@ def conclude(name: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
         table.add_row(case["name"], *seconds, *ratios, str(case["is_equal"]))
     Console().print(table)
     result = {"name": name, "command": " ".join(["python", *sys.argv]), **machine(), "threads": 1, "cases": cases}
+    result["versions"] |= {package: importlib.metadata.version(package) for package in packages}
     print(json.dumps(result))
     return result
 

@@ -1,7 +1,8 @@
 """Sampled and greedy responses of 16 prompts: two calls of transformers' ``generate`` against the embedded engine.
 
 A Llama with random weights (hidden 256, 4 layers), prompts of 32 to 64 tokens, 128 new tokens. In the mixed cases one
-token in 32 ends a response.
+token in 32 ends a response. In the floor cases the peer is no decoder: it does only the matrix products of the same
+shapes, linear layers and attention, with nothing between them, so that the ratio is the part of our time they take.
 
     python benchmarks/rollout.py --output benchmarks/results/rollout.json
 """
@@ -27,6 +28,8 @@ CASES = [
     {"name": "mixed 50k", "vocabulary": 50304, "prompts": 16, "mixed": True},
     {"name": "equal 8k, 1 prompt", "vocabulary": 8192, "prompts": 1, "mixed": False},
     {"name": "equal 8k, 4 prompts", "vocabulary": 8192, "prompts": 4, "mixed": False},
+    {"name": "floor 8k", "vocabulary": 8192, "prompts": 16, "mixed": False},
+    {"name": "floor 50k", "vocabulary": 50304, "prompts": 16, "mixed": False},
 ]
 
 
@@ -63,8 +66,10 @@ def ours(case: dict[str, Any]) -> Callable[[int], list[list[int]]]:
 
 
 def peer(case: dict[str, Any]) -> Callable[[int], list[list[int]]]:
-    """The work, by transformers."""
+    """The work, by transformers; in a floor case its matrix products alone."""
     model, ids, mask, stops = build(case)
+    if case["name"].startswith("floor"):
+        return floor(model, ids)
 
     @torch.no_grad()
     def work(max_new_tokens: int) -> list[list[int]]:
@@ -74,6 +79,34 @@ def peer(case: dict[str, Any]) -> Callable[[int], list[list[int]]]:
             config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=0, **sampling)
             answers.append(model.generate(ids, attention_mask=mask.long(), generation_config=config))
         return [cut(row[ids.shape[1] :].tolist(), set(stops)) for row in answers[1]]
+
+    return work
+
+
+@torch.no_grad()
+def floor(model: LlamaForCausalLM, ids: Tensor) -> Callable[[int], None]:
+    """The matrix products of a rollout of equal lengths: prompts once, then two rows for each."""
+    (num_prompts, width), config = ids.shape, model.config
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    body, head = [module.weight.T for module in linear if module is not model.lm_head], model.lm_head.weight.T
+
+    @torch.no_grad()
+    def work(max_new_tokens: int) -> None:
+        cache = torch.randn(config.num_hidden_layers, 2, 2 * num_prompts * heads, width + max_new_tokens, size)
+        inputs = {n: torch.randn(num_prompts * width, n) for n in (256, 688)}
+        for weight in body:
+            inputs[len(weight)] @ weight
+        for rows in cache[:, :, : num_prompts * heads, :width]:
+            rows[0] @ rows[0].transpose(1, 2) @ rows[1]
+        inputs = {n: torch.randn(2 * num_prompts, n) for n in (256, 688)}
+        query = torch.randn(2 * num_prompts * heads, 1, size)
+        for length in range(width + 1, width + max_new_tokens):
+            for weight in body:
+                inputs[len(weight)] @ weight
+            for keys, values in cache[:, :, :, :length]:
+                query @ keys.transpose(1, 2) @ values
+            inputs[256] @ head
 
     return work
 

@@ -52,8 +52,8 @@ def fused_policy_gradient(
         coefficients: Weight of each token, (...); treated as constants.
         bias: Added to the logits, (V,).
         temperature: Sampling temperature, above 0.
-        chunk_size: Tokens whose logits exist at once, at least 1; with fewer the matmuls are slower. None takes 384 on a
-            CPU and 2048 on an accelerator.
+        chunk_size: Tokens whose logits exist at once, at least 1; with fewer the matmuls are slower. None takes 384 on
+            a CPU and 2048 on an accelerator.
 
     Returns:
         Loss, log-probabilities and entropy, float32 or float64.
@@ -92,8 +92,8 @@ def fused_log_probs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities with gradient and entropy without, for losses that are not linear in the log-probabilities.
+) -> Tensor:
+    """Log-probabilities with gradient, for losses that are not linear in them, and for those of a reference.
 
     The backward pass computes the logits of each chunk again: `fused_policy_gradient` is cheaper where the weight of a
     token is known beforehand. Tokens whose log-probability gets a gradient of 0 are left out of it.
@@ -107,14 +107,13 @@ def fused_log_probs(
         chunk_size: As in `fused_policy_gradient`.
 
     Returns:
-        Log-probabilities and entropy in nats, (...) each, float32 or float64.
+        Log-probabilities in nats, (...), float32 or float64.
 
     Raises:
         ValueError: If a shape does not match, the temperature is not above 0, or chunk_size is below 1.
     """
     head = _checked(hidden, weight, tokens, bias, temperature, chunk_size)
-    log_probs, entropy = _LogProbs.apply(*head)
-    return log_probs.view(hidden.shape[:-1]), entropy.view(hidden.shape[:-1])
+    return _LogProbs.apply(*head).view(hidden.shape[:-1])
 
 
 class _Head(NamedTuple):
@@ -166,18 +165,17 @@ class _LogProbs(torch.autograd.Function):
     """Backward is the forward of `_PolicyGradient` with the negative upstream gradient for the coefficients."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         head = _Head(*inputs)
-        log_probs, entropy = _empty_outputs(head)
-        _sweep(head, torch.arange(len(head.tokens), device=head.tokens.device), log_probs, entropy)
+        log_probs, _ = _empty_outputs(head)
+        _sweep(head, torch.arange(len(head.tokens), device=head.tokens.device), log_probs)
         ctx.save_for_backward(*head[:4])
         ctx.settings = head[4:]
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        return log_probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         head = _Head(*ctx.saved_tensors, *ctx.settings)
         gradients = _zeros(head, ctx.needs_input_grad)
         _sweep(head, upstream.ne(0).nonzero().squeeze(-1), *_empty_outputs(head), -upstream, gradients)
@@ -188,7 +186,7 @@ def _sweep(
     head: _Head,
     rows: Tensor,
     log_probs: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None = None,
     coefficients: Tensor | None = None,
     gradients: _Gradients | None = None,
 ) -> None:
@@ -200,6 +198,9 @@ def _sweep(
             hidden, scores = head.hidden[chunk], buffer[: len(chunk)]
             bias = (scores, 0.0) if head.bias is None else (head.bias, scale)
             torch.addmm(bias[0], hidden, head.weight.T, beta=bias[1], alpha=scale, out=scores)
+            if entropy is None:
+                log_probs[chunk] = _token_log_probs(scores, head.tokens[chunk])
+                continue
             log_probs[chunk], entropy[chunk] = _softmax_minus_one_hot_(scores, head.tokens[chunk])
             if coefficients is not None and gradients is not None:
                 weights = (coefficients[chunk] * scale).unsqueeze(-1)
@@ -210,10 +211,7 @@ def _softmax_minus_one_hot_(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
     """Overwrite the scores, (n, V), by the gradient of -log_probs to them; return log_probs and entropy, (n,) each."""
     dtype = _wide(scores.dtype)
     log_probs, entropy = scores.new_empty(2, len(scores), dtype=dtype)
-    # on a CPU a block fits in the cache: three times as fast as the whole chunk
-    block_size = max(1, (2**19 if scores.device.type == "cpu" else 2**25) // scores.shape[-1])
-    for start in range(0, len(scores), block_size):
-        rows = slice(start, start + block_size)
+    for rows in _blocks(scores):
         block, chosen = scores[rows].to(dtype), tokens[rows].unsqueeze(-1)
         probs = block.softmax(-1)
         block -= block.amax(-1, keepdim=True)
@@ -223,6 +221,21 @@ def _softmax_minus_one_hot_(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Ten
         entropy[rows] = log_total - finite.mul_(probs).sum(-1)
         scores[rows] = probs.scatter_add_(-1, chosen, torch.full_like(chosen, -1, dtype=dtype))
     return log_probs, entropy
+
+
+def _token_log_probs(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities alone, (n,)."""
+    log_probs = scores.new_empty(len(scores), dtype=_wide(scores.dtype))
+    for rows in _blocks(scores):
+        block = scores[rows].to(log_probs.dtype)
+        log_probs[rows] = block.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1) - block.logsumexp(-1)
+    return log_probs
+
+
+def _blocks(scores: Tensor) -> list[slice]:
+    """Few rows at a time, on a CPU so few that they fit in the cache: three times as fast as the whole chunk."""
+    size = max(1, (2**19 if scores.device.type == "cpu" else 2**25) // scores.shape[-1])
+    return [slice(start, start + size) for start in range(0, len(scores), size)]
 
 
 def _add_gradients(

@@ -31,7 +31,7 @@ def log_probs_of(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, temperatu
         return token_log_probs(_states(model, ids, mask), tokens, temperature=temperature)
     with without_head(head):
         hidden = _states(model, ids, mask)
-    return fused_log_probs(hidden, head.weight, tokens, bias=head.bias, temperature=temperature)[0]
+    return fused_log_probs(hidden, head.weight, tokens, bias=head.bias, temperature=temperature)
 
 
 def policy_gradient_of(
