@@ -20,10 +20,14 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple
     scaled = logits.float()
     if sampling.temperature != 1:
         scaled = scaled / sampling.temperature
-    log_total = scaled.logsumexp(dim=-1)
-    kept = _nucleus(_top(scaled, sampling.top_k), sampling.top_p)
-    weights = (kept - log_total[:, None]).exp_().cumsum(dim=-1)
-    tokens = torch.searchsorted(weights, uniforms[:, None] * weights[:, -1:], right=True)[:, 0]
+    largest = scaled.amax(dim=-1, keepdim=True)
+    weights = (scaled - largest).exp_()
+    log_total = largest[:, 0] + weights.sum(dim=-1).log()
+    if sampling.top_k > 0 or sampling.top_p < 1:
+        kept = _nucleus(_top(scaled, sampling.top_k), sampling.top_p)
+        weights.masked_fill_(kept == float("-inf"), 0.0)
+    cumulated = weights.cumsum(dim=-1)
+    tokens = torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)[:, 0]
     return tokens, scaled.gather(1, tokens[:, None])[:, 0] - log_total
 
 
