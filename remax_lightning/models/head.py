@@ -1,5 +1,6 @@
 """The head of a causal language model apart from its body: hidden states in, logits out."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -13,17 +14,25 @@ _has_plain_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The head of a model whose logits are exactly ``head(hidden states)``; None for any other model.
+    """The head of a model whose logits are exactly ``head(hidden states)``; None, and a warning, for any other model.
 
     Models that cap or scale their logits (Gemma 2, Cohere, Granite) have no plain head, nor has one with an adapter on
     it. The model itself is asked, once, on one token: what its head returns has to come out as the logits, bitwise.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return None
-    if model not in _has_plain_head:
-        _has_plain_head[model] = _passes_through(model, head)
-    return head if _has_plain_head[model] else None
+    if type(head) is nn.Linear:
+        if model not in _has_plain_head:
+            _has_plain_head[model] = _passes_through(model, head)
+        if _has_plain_head[model]:
+            return head
+    # Python shows the same warning from here once
+    warnings.warn(
+        f"the logits of {type(model).__name__} are not what a plain linear head returns (it caps or scales them, or the "
+        "head has an adapter), so those of all response tokens of a micro-batch are in memory at once; "
+        "micro_batch_tokens bounds them",
+        stacklevel=1,
+    )
+    return None
 
 
 @torch.no_grad()

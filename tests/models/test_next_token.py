@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from remax_lightning.functional import entropy, right_pad, token_log_probs
@@ -71,3 +72,39 @@ def test_no_token_gives_no_value_and_a_gradient_of_zero(architecture: str, lengt
     output.loss.backward()
     assert float(output.loss) == 0
     assert all(float(p.grad.abs().sum()) == 0 for p in model.parameters() if p.grad is not None)
+
+
+def test_a_model_with_adapters_trains_them_alone() -> None:
+    torch.manual_seed(0)
+    base = tiny.language_model(scale=3.0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    assert plain_head(model) is base.lm_head
+    ids, mask = batch(0)
+    log_probs, _ = expected(model, 1.0)
+    coefficients = torch.linspace(-1, 1, len(log_probs))
+    (-(coefficients * log_probs).sum()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    output = policy_gradient_of(model, ids, mask, coefficients)
+    output.loss.backward()
+    torch.testing.assert_close(output.log_probs, log_probs, atol=1e-5, rtol=1e-4)
+    assert set(gradients) == {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-4, rtol=1e-3, msg=name)
+    with model.disable_adapter():
+        off = log_probs_of(model, ids, mask)
+    torch.testing.assert_close(off, expected(tiny.language_model(scale=3.0), 1.0)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_stays_near_float32() -> None:
+    model = tiny.language_model(scale=2.0)
+    ids, mask = batch(0)
+    exact = policy_gradient_of(model, ids, mask, torch.ones(int(mask.sum())))
+    exact.loss.backward()
+    half = tiny.language_model(scale=2.0).bfloat16()
+    output = policy_gradient_of(half, ids, mask, torch.ones(int(mask.sum())))
+    output.loss.backward()
+    assert output.log_probs.dtype == torch.float32
+    torch.testing.assert_close(output.log_probs, exact.log_probs, atol=0.1, rtol=0.05)
+    norm = model.lm_head.weight.grad.norm()
+    assert (half.lm_head.weight.grad.float() - model.lm_head.weight.grad).norm() < 0.05 * norm
