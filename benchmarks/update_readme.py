@@ -27,9 +27,29 @@ def quickstart_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", measured_on(result)])
 
 
-def rollout_table(result: dict[str, Any]) -> str:
-    """One row a case of the rollout benchmark."""
-    lines = ["| rollout | time of two `generate` calls / ours | peak memory, ours / theirs |", "|---|---|---|"]
+def step_table(result: dict[str, Any]) -> str:
+    """One row a case of the step benchmark with the factors of its ratio, and one for each of its phases."""
+    lines = [
+        "| one step | TRL, CPU s | ours, CPU s | time, theirs / ours | algorithm x head x rest | memory, ours / TRL |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        factors = " x ".join(f"{case[f'{name}_ratio']:.2f}" for name in ("algorithm", "head", "rest"))
+        lines.append(
+            f"| **{case['name']}** | {case['peer']['cpu_seconds']:.2f} | {case['ours']['cpu_seconds']:.2f} "
+            f"| **{case['time_ratio']:.2f}** | {factors} | **{case['memory_ratio']:.2f}** |"
+        )
+        lines += [
+            f"| {name}, {phase['peer_rows']} and {phase['ours_rows']} rows | {phase['peer']:.2f} | {phase['ours']:.2f} "
+            "| | | |"
+            for name, phase in case["phases"].items()
+        ]
+    return "\n".join([*lines, "", measured_on(result)])
+
+
+def contest_table(result: dict[str, Any]) -> str:
+    """One row a case: how often the peer's time and which part of its memory."""
+    lines = ["| case | time, theirs / ours | peak memory, ours / theirs |", "|---|---|---|"]
     lines += [f"| {row['name']} | {row['time_ratio']:.2f} | {row['memory_ratio']:.2f} |" for row in result["cases"]]
     return "\n".join([*lines, "", measured_on(result)])
 
@@ -40,7 +60,13 @@ def measured_on(result: dict[str, Any]) -> str:
     return f"`{result['command']}`, {result['date']}, {result['processor']}, {result['threads']} thread(s), {versions}."
 
 
-TABLES = {"quickstart": quickstart_table, "rollout": rollout_table}
+TABLES = {
+    "quickstart": quickstart_table,
+    "rollout": contest_table,
+    "head": contest_table,
+    "step": step_table,
+    "overhead": contest_table,
+}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
             return head
     # Python shows the same warning from here once
     warnings.warn(
-        f"the logits of {type(model).__name__} are not what a plain linear head returns (it caps or scales them, or the "
+        f"the logits of {type(model).__name__} are not what a plain linear head returns (it caps or scales them or the "
         "head has an adapter), so those of all response tokens of a micro-batch are in memory at once; "
         "micro_batch_tokens bounds them",
         stacklevel=1,
