@@ -72,6 +72,8 @@ class TransformersEngine(RolloutEngine):
             inputs = (policy, prompt_ids, mask, *rows.tokens.shape)
             next_logits = CompiledNextLogits(self.caches, *inputs) if self.compile else NextLogits(*inputs)
             _decode(next_logits, rows, sampling, stop_token_ids)
+        # autocast may keep weights that it cast without gradient; training must not find them
+        torch.clear_autocast_cache()
         sampled = _rollout(rows, ~rows.greedy, prompt_ids, mask)
         return sampled, _rollout(rows, rows.greedy, prompt_ids, mask) if greedy else None
 
