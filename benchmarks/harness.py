@@ -1,5 +1,6 @@
 """Runs two contenders in turn, each in its own process, and compares CPU seconds and peak memory."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -64,8 +65,8 @@ def fastest(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**figures, "peak_mib": min(run["peak_mib"] for run in runs)}
 
 
-def conclude(name: str, cases: list[dict[str, Any]], packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Print the table and, as the last line, the JSON object, which names the versions of further packages."""
+def conclude(name: str, cases: list[dict[str, Any]], output: Path | None, packages: tuple[str, ...] = ()) -> None:
+    """Print the table and, as the last line, the JSON object, with versions of further packages; write it if asked."""
     table = Table("case", "peer, CPU s", "ours, CPU s", "time, peer / ours", "memory, ours / peer", "same answer")
     for case in cases:
         seconds = (f"{case[contender]['cpu_seconds']:.2f}" for contender in ("peer", "ours"))
@@ -75,7 +76,18 @@ def conclude(name: str, cases: list[dict[str, Any]], packages: tuple[str, ...] =
     result = {"name": name, "command": " ".join(["python", *sys.argv]), **machine(), "threads": 1, "cases": cases}
     result["versions"] |= {package: importlib.metadata.version(package) for package in packages}
     print(json.dumps(result))
-    return result
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def argument_parser(description: str | None, repeats: int = 3) -> argparse.ArgumentParser:
+    """The arguments of every contest; ``--worker`` and ``--case`` are those that :func:`contend` gives."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--output", type=Path, help="file for the JSON object")
+    parser.add_argument("--worker", choices=["peer", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    return parser
 
 
 def one_thread() -> None:

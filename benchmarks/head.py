@@ -9,15 +9,13 @@ is what comes on top of the inputs: the gradient of the weight (V x 256) counts 
     python benchmarks/head.py --output benchmarks/results/head.json
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import conclude, contend, one_thread, peak_mib
+from harness import argument_parser, conclude, contend, one_thread, peak_mib
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,19 +82,12 @@ def compare(case: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run all cases, or one of them as a worker."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", choices=list(CONTENDERS), help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__, repeats=5).parse_args()
     one_thread()
     if arguments.worker:
         print(json.dumps(measure(arguments.worker, arguments.case)))
         return
-    result = conclude("head", [compare(case, arguments.repeats) for case in CASES])
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    conclude("head", [compare(case, arguments.repeats) for case in CASES], arguments.output)
 
 
 if __name__ == "__main__":

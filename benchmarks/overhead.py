@@ -7,7 +7,6 @@ and what is measured are those of ``step.py``. A time ratio of 0.95 says that th
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import conclude, contend, one_thread
+from harness import argument_parser, conclude, contend, one_thread
 from step import CLOCK, KL_COEF, NEW_TOKENS, OPTIMIZER, PROMPTS, Phases, distinct_words, ours, prepare
 from step import work as timed
 from torch import Tensor
@@ -43,7 +42,7 @@ def peer(case: dict[str, Any]) -> None:
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     for step in range(case["steps"]):
         batch = prompts[step * PROMPTS : (step + 1) * PROMPTS]
-        update(policy, reference, optimizer, collect(policy, tokenizer, reference, batch, step))
+        update(policy, optimizer, collect(policy, tokenizer, reference, batch, step))
         schedule.step()
         CLOCK.end_step()
 
@@ -63,7 +62,7 @@ def collect(policy: Any, tokenizer: Any, reference: Any, prompts: list[str], ste
     return replace(sampled, rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
 
 
-def update(policy: Any, reference: Any, optimizer: torch.optim.Optimizer, rollout: Rollout) -> None:
+def update(policy: Any, optimizer: torch.optim.Optimizer, rollout: Rollout) -> None:
     """One optimizer step."""
     mask = rollout.response_mask
     advantages: Tensor = remax_advantages(
@@ -96,21 +95,15 @@ def run_case(case: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run all cases, or one of them as a worker."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps, the first of which is a warm-up")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", choices=["peer", "ours"], help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         one_thread()
         print(json.dumps(work(arguments.case, {"peer": peer, "ours": ours}[arguments.worker])))
         return
     cases = [run_case({**case, "steps": arguments.steps}, arguments.repeats) for case in CASES]
-    result = conclude("overhead", cases)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    conclude("overhead", cases, arguments.output)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ shapes, linear layers and attention, with nothing between them, so that the rati
     python benchmarks/rollout.py --output benchmarks/results/rollout.json
 """
 
-import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import conclude, contend, measure, one_thread
+from harness import argument_parser, conclude, contend, measure, one_thread
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -119,12 +117,8 @@ def cut(row: list[int], stops: set[int]) -> list[int]:
 
 def main() -> None:
     """Run all cases, or one of them as a worker."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = argument_parser(__doc__)
     parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", choices=["peer", "ours"], help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         one_thread()
@@ -132,9 +126,7 @@ def main() -> None:
         print(json.dumps(measure(lambda: contender(arguments.case), arguments.case["max_new_tokens"])))
         return
     cases = [{**case, "max_new_tokens": arguments.max_new_tokens} for case in CASES]
-    result = conclude("rollout", [contend(__file__, case, arguments.repeats) for case in cases])
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    conclude("rollout", [contend(__file__, case, arguments.repeats) for case in cases], arguments.output)
 
 
 if __name__ == "__main__":

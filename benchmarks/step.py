@@ -18,7 +18,6 @@ kernels on a CPU), and the rest.
     python benchmarks/step.py --output benchmarks/results/step.json
 """
 
-import argparse
 import json
 import math
 import tempfile
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from harness import conclude, contend, one_thread, peak_mib
+from harness import argument_parser, conclude, contend, one_thread, peak_mib
 from lightning.pytorch.profilers import Profiler
 from rich.console import Console
 from rich.table import Table
@@ -369,13 +368,9 @@ def run_case(case: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run all cases, or one of them as a worker."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, the first of which is a warm-up")
     parser.add_argument("--micro_batch_size", type=int, default=16, help="rows of each forward and backward pass")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", choices=["peer", "ours"], help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if RLOOTrainer is None:
         raise SystemExit("trl, the peer, is not installed; install it by: pip install -e '.[bench]'")
@@ -386,9 +381,7 @@ def main() -> None:
     settings = {"steps": arguments.steps, "micro_batch_size": arguments.micro_batch_size}
     cases = [run_case({**case, **settings}, arguments.repeats) for case in CASES]
     Console().print(phase_table(cases))
-    result = conclude("step", cases, packages=("trl",))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    conclude("step", cases, arguments.output, packages=("trl",))
 
 
 if __name__ == "__main__":

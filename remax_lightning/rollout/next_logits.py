@@ -67,18 +67,10 @@ class NextLogits:
 
     def logits(self, ids: Tensor, mask: Any, positions: Tensor) -> Tensor:
         """Logits after the last column."""
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": self.cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
         if self.head is None:
-            return self.policy(**inputs).logits[:, -1]
+            return _step(self.policy, ids, mask, positions, self.cache)
         with without_head(self.head.head):
-            hidden = self.policy(**inputs).logits[:, -1]
+            hidden = _step(self.policy, ids, mask, positions, self.cache)
         return self.head(hidden)
 
 

@@ -1,15 +1,10 @@
 """Two real processes over gloo, one position: what one process reads, before and after a resume."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from data.helpers import ROWS, fit
+from processes import run_python
 
 from remax_lightning.data import PromptDataModule
 
@@ -30,22 +25,7 @@ def fit_with_two_processes(arguments, folder, **options):
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests")])
-    process = subprocess.Popen(
-        [sys.executable, str(script), json.dumps([arguments, str(folder), options])],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-3000:]
+    run_python([str(script), json.dumps([arguments, str(folder), options])], SECONDS)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -1,10 +1,5 @@
 """Two processes with half the batch each do what one process with the whole batch does."""
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +7,16 @@ import pandas
 import pytest
 import tiny
 import yaml
+from processes import ROOT, run_python
 from safetensors.torch import load_file
 
 from remax_lightning.cli import main
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 120
 STEPS = 3
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 COMMON: dict[str, Any] = {"optimizer": SGD, "lr_schedule": "linear", "micro_batch_size": 1, "max_grad_norm": 5.0}
 TIMES = ("time/", "train/tokens_per_second", "epoch", "step")
-
-
-def launch(arguments: list[str]) -> None:
-    """Run ``python cli.py`` with a hard time limit on it and on all processes that it starts."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-3000:]
 
 
 def run(folder: Path, name: str, model: dict[str, Any], data: dict[str, Any], processes: int) -> Path:
@@ -70,7 +41,7 @@ def run(folder: Path, name: str, model: dict[str, Any], data: dict[str, Any], pr
     path.write_text(yaml.safe_dump(config))
     arguments = ["fit", "--config", str(path)]
     if processes > 1:
-        launch(arguments)
+        run_python([str(ROOT / "cli.py"), *arguments], SECONDS)
     else:
         main(arguments)
     return folder / name
