@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -12,20 +13,21 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from remax_lightning import data, modules, rewards, rollout  # noqa: F401 (their classes are known by short names)
+from remax_lightning import data, modules, rewards, rollout, strategies  # noqa: F401 (known by short names)
 from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck
+from remax_lightning.callbacks.hf_export import export_module
 from remax_lightning.callbacks.resume_check import check_model, flat
 from remax_lightning.callbacks.safe_checkpoint_io import check_complete, newest_complete, read_checkpoint
 from remax_lightning.data.toy import write_world
 from remax_lightning.evaluation.report import report
-from remax_lightning.models.export import export
-from remax_lightning.modules.base import TrainableModule
+from remax_lightning.modules.base import TrainableModule, unsupported_strategy
+from remax_lightning.plan import print_plan
 
 FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}
 
 
 class ExportingTrainer(Trainer):
-    """Lightning's trainer, which can also export a checkpoint."""
+    """Lightning's trainer, which can also export a checkpoint and plan the memory of a run."""
 
     def export(
         self,
@@ -38,16 +40,27 @@ class ExportingTrainer(Trainer):
 
         Args:
             model: The module whose checkpoint it is.
-            ckpt_path: Checkpoint file, or ``last`` for the newest of the run.
+            ckpt_path: Checkpoint, or ``last`` for the newest of the run.
             output_dir: Folder to write.
             datamodule: Not used.
         """
         model.configure_model()
         checkpoint = read_checkpoint(ckpt_path)
         check_model(checkpoint, model, is_fit=False)
-        model.load_state_dict(checkpoint["state_dict"])
-        export(model.trained_model, model.tokenizer, output_dir)
+        model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+        export_module(model, output_dir)
         print(f"exported {ckpt_path} to {output_dir}")
+
+    @staticmethod
+    def plan(model: Mapping[str, Any], gpus: int, gpu_memory: float = 80.0) -> None:
+        """Prints the memory that a fit would take of each GPU; needs no GPU and downloads nothing.
+
+        Args:
+            model: The parsed configuration of the run.
+            gpus: Number of GPUs.
+            gpu_memory: Memory of each GPU in GiB, as it is sold: 80 for an "80 GB" A100.
+        """
+        print_plan(model, gpus, gpu_memory)
 
 
 class CLI(LightningCLI):
@@ -64,11 +77,13 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's sub-commands, and export."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        """Lightning's sub-commands, export and plan."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "plan": {"model"}}
 
     def instantiate_classes(self) -> None:
         """Show what is wrong with an argument as one sentence; jsonargparse wraps it in many."""
+        if self.subcommand == "plan":
+            return
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
@@ -82,6 +97,9 @@ class CLI(LightningCLI):
             root = self._get(self.config_init, "trainer.default_root_dir") or "."
             name = "logs" if self.subcommand == "fit" else str(self.subcommand)
             kwargs["logger"] = CSVLogger(root, name=name, flush_logs_every_n_steps=10)
+        strategy = self._get(self.config_init, "trainer.strategy")
+        if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp", "fsdp2")):
+            raise unsupported_strategy(strategy)  # before Lightning asks for what it would take
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -91,6 +109,17 @@ class CLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoint):
                 callback.configuration = flat(compared)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Plan from the configuration alone, without a trainer or a module."""
+        if subcommand != "plan":
+            super()._run_subcommand(subcommand)
+            return
+        config = self.config.plan
+        try:
+            ExportingTrainer.plan(config.as_dict(), config.gpus, config.gpu_memory)
+        except (ValueError, OSError) as error:
+            self._parser("plan").error(str(error))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Read ``--ckpt_path last`` as the newest complete checkpoint in the run's folder, and check a file.

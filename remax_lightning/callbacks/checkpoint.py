@@ -30,7 +30,8 @@ class Checkpoint(ModelCheckpoint):
     """Saves the state of training as ``step=N.ckpt``, each with a manifest beside it that tells whether it is complete.
 
     The newest are kept, and the best. When training ends by SIGTERM or an error, at whatever moment, the state after
-    the last finished step is saved.
+    the last finished step is saved. Under fsdp2, whose processes can only save together, SIGTERM waits for the end of
+    the step, and after an error there are the checkpoints written before it.
 
     Args:
         dirpath: Folder; the command line gives ``<trainer.default_root_dir>/checkpoints``.
@@ -125,8 +126,7 @@ class Checkpoint(ModelCheckpoint):
         begin_epoch_anew(trainer)
         if trainer.is_global_zero:
             remove_partial(self.folder)
-        if self._saves_alone(trainer):
-            self.termination.start(trainer)
+        self.termination.start(trainer, at_once=self._saves_alone(trainer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let nothing come between the update and the end of the step."""
@@ -139,6 +139,14 @@ class Checkpoint(ModelCheckpoint):
             self.end, self.is_whole = StepEnd.of(trainer), True
             if self.saves_by_step and trainer.global_step % self._every_n_train_steps == 0:
                 self._save(trainer)
+        self._end_if_any_is_told_to(trainer)
+
+    def _end_if_any_is_told_to(self, trainer: Trainer) -> None:
+        """Save after this step if SIGTERM has come to any of the processes, which can only save together."""
+        told = self.termination.is_requested
+        if not self.termination.at_once and trainer.strategy.reduce_boolean_decision(told, all=False):
+            self._save(trainer)
+            raise Terminated
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that it is done, and save."""

@@ -21,10 +21,24 @@ class HFExport(Callback):
         self.output_dir, self.enabled = output_dir, enabled
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder, by one process."""
-        if not self.enabled or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        """Write the folder, by one process; the others hand it their parts of the model."""
+        if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, TrainableModule)
         output_dir = self.output_dir or os.path.join(trainer.default_root_dir, "hf")
-        export(pl_module.trained_model, pl_module.tokenizer, output_dir)
+        export_module(pl_module, output_dir, write=trainer.is_global_zero)
         rank_zero_info(f"exported to {output_dir}")
+
+
+def export_module(module: TrainableModule, output_dir: str, *, write: bool = True) -> None:
+    """Write the Hugging Face folder of what a module trains; collective if its model is split over processes.
+
+    Args:
+        module: The module.
+        output_dir: Folder to write.
+        write: False takes part only.
+    """
+    model = module.whole_model()
+    if write:
+        assert model is not None
+        export(model, module.tokenizer, output_dir, merge=module.lora is None or module.lora.merge)

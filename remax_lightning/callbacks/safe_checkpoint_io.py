@@ -1,6 +1,5 @@
 """Checkpoint files that are whole or not there: written under another name, synced, described by a manifest."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -8,11 +7,21 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.checkpoint import CheckpointException
+
+from remax_lightning.callbacks.checkpoint_folder import (
+    describe_folder,
+    folder_size_and_digest,
+    read_folder,
+    write_folder,
+)
+from remax_lightning.callbacks.synced_file import remove, size_and_digest, sync_folder, write_synced
 
 SUFFIX, MANIFEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".json", ".partial"
 
@@ -63,20 +72,52 @@ class SafeCheckpointIO(TorchCheckpointIO):
         partial = path.with_name(path.name + PARTIAL_SUFFIX)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            size, sha256 = _write_synced(partial, lambda file: torch.save(checkpoint, cast(Any, file)))
-            step = int(checkpoint.get("global_step", 0))
-            write_manifest(path, Manifest(size, sha256, step, saved_at=time.time_ns(), run=self.run))
-            os.replace(partial, path)
-            _sync_folder(path.parent)
+            size, sha256 = write_synced(partial, lambda file: torch.save(checkpoint, cast(Any, file)))
+            self._put_in_place(checkpoint, size, sha256, partial, path)
         except BaseException as error:
-            partial.unlink(missing_ok=True)
+            remove(partial)
             if isinstance(error, OSError):
-                raise OSError(
-                    error.errno,
-                    f"the checkpoint {path} could not be written ({error.strerror or error}); those written before it "
-                    "are intact: make room or give another checkpoint.dirpath, and resume with --ckpt_path last",
-                ) from error
+                raise _unwritten(path, error) from error
             raise
+
+    def save_split(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Write a checkpoint of which each process has a part, as a folder, and its manifest; collective.
+
+        Until the new folder is in place, an older one of the same name stays.
+
+        Raises:
+            OSError: In all processes, if one of them could not write its part.
+        """
+        path = Path(path)
+        partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        is_first = dist.get_rank() == 0
+        failure: list[OSError | None] = [None]
+        try:
+            if is_first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                remove(partial)
+            dist.barrier()
+            size, sha256 = write_folder(checkpoint, partial)
+            if is_first:
+                self._put_in_place(checkpoint, size, sha256, partial, path)
+        except (OSError, CheckpointException) as error:
+            failure[0] = _unwritten(path, error)
+        dist.broadcast_object_list(failure)
+        if failure[0] is not None:
+            if is_first:
+                remove(partial)
+            raise failure[0]
+
+    def _put_in_place(self, checkpoint: dict[str, Any], size: int, sha256: str, partial: Path, path: Path) -> None:
+        """Write the manifest and give what was written its name."""
+        step = int(checkpoint.get("global_step", 0))
+        write_manifest(path, Manifest(size, sha256, step, saved_at=time.time_ns(), run=self.run))
+        old = path.with_name(f"{path.name}.old{PARTIAL_SUFFIX}")
+        if path.is_dir():  # which cannot be replaced at once
+            os.rename(path, old)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+        remove(old)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -91,54 +132,21 @@ class SafeCheckpointIO(TorchCheckpointIO):
             self.check(checkpoint)
         return checkpoint
 
+    def describe(self, path: str | Path) -> dict[str, Any]:
+        """What a folder holds beside the values of its tensors.
+
+        Raises:
+            UnusableCheckpoint: If it cannot be read, or does not fit.
+        """
+        checkpoint = _read(path, describe_folder)
+        if self.check is not None:
+            self.check(checkpoint)
+        return checkpoint
+
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint and then its manifest."""
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))
         manifest_path(path).unlink(missing_ok=True)
-
-
-class _HashedFile:
-    """What torch.save needs of a file, noting length, digest and the first error, which torch would replace."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _write_synced(path: Path, write: Callable[[_HashedFile], Any]) -> tuple[int, str]:
-    """Write a file and wait until the disk has it; its size and digest."""
-    with open(path, "wb") as raw:
-        file = _HashedFile(raw)
-        try:
-            write(file)
-        except Exception:
-            if file.error is not None:
-                raise file.error from None
-            raise
-        raw.flush()
-        os.fsync(raw.fileno())
-    return file.size, file.digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def manifest_path(path: str | Path) -> Path:
@@ -150,9 +158,9 @@ def write_manifest(path: str | Path, manifest: Manifest) -> None:
     """Write or replace the manifest of a checkpoint file."""
     target = manifest_path(path)
     partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    _write_synced(partial, lambda file: file.write(json.dumps(asdict(manifest)).encode()))
+    write_synced(partial, lambda file: file.write(json.dumps(asdict(manifest)).encode()))
     os.replace(partial, target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def read_manifest(path: str | Path) -> Manifest | None:
@@ -179,14 +187,11 @@ def manifests(folder: str | Path) -> list[tuple[Path, Manifest]]:
 
 def fault(path: Path, manifest: Manifest) -> str | None:
     """What is wrong with a checkpoint file according to its manifest; None if it is complete."""
-    size = path.stat().st_size
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     if size != manifest.size:
         return f"it has {size} bytes, not the {manifest.size} that were written"
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return None if digest.hexdigest() == manifest.sha256 else "its content is not what was written"
+    _, digest = (folder_size_and_digest if path.is_dir() else size_and_digest)(path)
+    return None if digest == manifest.sha256 else "its content is not what was written"
 
 
 def newest_complete(folder: str | Path) -> Path | None:
@@ -220,8 +225,8 @@ def check_complete(path: str | Path) -> None:
         FileNotFoundError: If there is no such file.
         UnusableCheckpoint: If it is corrupt.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}; give an existing one, or last for the newest")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}; give an existing one, or last for the newest")
     manifest = read_manifest(path)
     reason = None if manifest is None else fault(Path(path), manifest)
     if reason is not None:
@@ -231,14 +236,22 @@ def check_complete(path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file: tensors and plain types.
+    """The content of a checkpoint file or folder: tensors and plain types.
 
     Raises:
         FileNotFoundError: If there is no such file.
         UnusableCheckpoint: If it cannot be read as such.
     """
+    return _read(path, read_folder if Path(path).is_dir() else _load_file)
+
+
+def _load_file(path: str | Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read(path: str | Path, read: Callable[[str | Path], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read(path)
     except FileNotFoundError:
         raise
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
@@ -249,7 +262,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
+def _unwritten(path: Path, error: BaseException) -> OSError:
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+    return OSError(
+        error.errno if isinstance(error, OSError) else None,
+        f"the checkpoint {path} could not be written ({reason}); those written before it are intact: make room or give "
+        "another checkpoint.dirpath, and resume with --ckpt_path last",
+    )
+
+
 def remove_partial(folder: str | Path) -> None:
     """Remove what an interrupted save left behind."""
     for path in Path(folder).glob(f"*{PARTIAL_SUFFIX}"):
-        path.unlink(missing_ok=True)
+        remove(path)

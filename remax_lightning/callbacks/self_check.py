@@ -57,17 +57,18 @@ class SelfCheck(Callback):
         if not self.enabled or not isinstance(pl_module, ScoredPolicyModule):
             return
         with trainer.precision_plugin.forward_context(), evaluating(pl_module.policy):
-            problem = next(self._problems(trainer, pl_module), None)
-        if not trainer.strategy.reduce_boolean_decision(problem is None, all=True):
-            raise ValueError(f"self-check: {problem or 'a check failed in another process'}")
+            for problem in self._problems(trainer, pl_module):
+                # after each check, since a check may need all processes
+                if not trainer.strategy.reduce_boolean_decision(problem is None, all=True):
+                    raise ValueError(f"self-check: {problem or 'a check failed in another process'}")
 
-    def _problems(self, trainer: Trainer, module: ScoredPolicyModule) -> Iterator[str]:
-        if "context" not in self.skip and (problem := context_problem(trainer, module)):
-            yield problem
+    def _problems(self, trainer: Trainer, module: ScoredPolicyModule) -> Iterator[str | None]:
+        if "context" not in self.skip:
+            yield context_problem(trainer, module)
         draw = self._draw(trainer, module)
         for name, check in CHECKS.items():
-            if name not in self.skip and check is not None and (problem := check(draw)):
-                yield problem
+            if name not in self.skip and check is not None:
+                yield check(draw)
 
     def _draw(self, trainer: Trainer, module: ScoredPolicyModule) -> "Draw":
         assert trainer.train_dataloader is not None
@@ -105,7 +106,8 @@ class Draw:
         self.log_probs = sampled.at_tokens(
             log_probs_of(module.policy, *sampled.sequences(), temperature=temperature)
         )  # as training computes them
-        is_half = "16" in str(trainer.precision) or module.policy.dtype != torch.float32
+        dtype = module.policy.dtype if module.sharding is None else module.sharding.compute_dtype
+        is_half = "16" in str(trainer.precision) or dtype != torch.float32
         self.tolerance = 0.1 if is_half else 1e-3
 
     def logits(self, padding: int) -> Tensor:

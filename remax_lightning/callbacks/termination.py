@@ -20,19 +20,24 @@ class Terminated(SystemExit):
 class Termination:
     """Raises :class:`Terminated` in the main thread on SIGTERM, at once or as soon as it is allowed.
 
+    Where processes can only save together it is left to the caller to ask what is requested, at the end of a step.
     Lightning itself waits for the end of the batch, which in a rollout is minutes away, saves nothing and exits with 0.
     """
 
     def __init__(self) -> None:
-        self.is_requested, self.is_allowed = False, False
+        self.is_requested, self.is_allowed, self.at_once = False, False, True
         self._is_child = False
 
-    def start(self, trainer: Trainer) -> None:
+    def start(self, trainer: Trainer, *, at_once: bool) -> None:
         """Take over SIGTERM from Lightning, until its teardown puts back what was there before the fit.
+
+        Args:
+            trainer: The trainer.
+            at_once: Interrupt a step; otherwise SIGTERM is only noted.
 
         Under SLURM's automatic requeue Lightning lets SIGTERM pass, since it saves on another signal: that stays so.
         """
-        self.is_requested, self.is_allowed = False, True
+        self.is_requested, self.is_allowed, self.at_once = False, True, at_once
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             return
@@ -47,7 +52,7 @@ class Termination:
             self._raise_if_requested()
 
     def _raise_if_requested(self) -> None:
-        if self.is_requested:
+        if self.is_requested and self.at_once:
             self.is_allowed = False
             raise Terminated
 

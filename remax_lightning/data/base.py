@@ -24,7 +24,7 @@ from remax_lightning.data.order import (
     split_rows,
 )
 from remax_lightning.data.reading import Example, encode_parts
-from remax_lightning.data.rows import RowEncoder
+from remax_lightning.data.rows import LongPrompts, RowEncoder
 from remax_lightning.data.sources import ACCEPTED, Part, load_parts
 from remax_lightning.data.streaming import POSITION, StreamedWindows, StreamLoader
 from remax_lightning.models.tokenizer import load_tokenizer
@@ -63,7 +63,7 @@ class TokenizedDataModule(RowEncoder, LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_prompt_length: int = 512,
-        long_prompts: Literal["drop", "truncate"] = "drop",
+        long_prompts: LongPrompts = "drop",
         as_chat: bool = False,
         prompt_column: str | None = None,
         tokenizer: str | None = None,
@@ -95,7 +95,9 @@ class TokenizedDataModule(RowEncoder, LightningDataModule):
             batch_size: Rows per process and training step.
             eval_batch_size: Rows per process and step outside training, at most. The default is ``batch_size``.
             max_prompt_length: Longest prompt, in tokens.
-            long_prompts: What happens to a longer prompt: `drop` its row, or `truncate` it to its last tokens.
+            long_prompts: What happens to a longer prompt: `drop` its row, `truncate` it to its last tokens, or
+                `keep_start` of a text that is to be continued: its first tokens, with which a reward sees it too
+                (messages are dropped).
             as_chat: Turn a text prompt into a user message (a `Human:`/`Assistant:` transcript into its turns), so that
                 the tokenizer's chat template is applied.
             prompt_column: Column with the prompts, text or messages. The default is found by the names of the columns.

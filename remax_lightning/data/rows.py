@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +10,8 @@ from remax_lightning.data.encoding import Text, Tokens, attempt, tokenize
 from remax_lightning.data.formats import Format, Row, UnusableRow, to_chat
 from remax_lightning.data.reading import Columns, Example
 from remax_lightning.models.tokenizer import Prompt
+
+LongPrompts: TypeAlias = Literal["drop", "truncate", "keep_start"]
 
 
 class RowEncoder(ABC):
@@ -23,7 +25,7 @@ class RowEncoder(ABC):
 
     tokenizer: PreTrainedTokenizerBase  # set by whoever knows it
 
-    def __init__(self, max_prompt_length: int, long_prompts: Literal["drop", "truncate"], as_chat: bool) -> None:
+    def __init__(self, max_prompt_length: int, long_prompts: LongPrompts, as_chat: bool) -> None:
         super().__init__()
         self.max_prompt_length = max_prompt_length
         self.long_prompts = long_prompts
@@ -77,9 +79,20 @@ class RowEncoder(ABC):
             raise tokens
         if not tokens.prompt_ids:
             raise UnusableRow("prompt without tokens")
-        if len(tokens.prompt_ids) > self.max_prompt_length and self.long_prompts == "drop":
-            raise UnusableRow(f"prompt above {self.max_prompt_length} tokens")
-        return self.build(row, text, tokens._replace(prompt_ids=tokens.prompt_ids[-self.max_prompt_length :]))
+        if len(tokens.prompt_ids) > self.max_prompt_length:
+            text, tokens = self._shorten(text, tokens)
+        return self.build(row, text, tokens)
+
+    def _shorten(self, text: Text, tokens: Tokens) -> tuple[Text, Tokens]:
+        """A prompt of the greatest length. One that lost its end is as short for those who read its text."""
+        limit = self.max_prompt_length
+        if self.long_prompts == "truncate":
+            return text, tokens._replace(prompt_ids=tokens.prompt_ids[-limit:])
+        if self.long_prompts == "drop" or not isinstance(text.prompt, str):
+            raise UnusableRow(f"prompt above {limit} tokens")
+        start = tokens.prompt_ids[:limit]
+        prompt = str(self.tokenizer.decode(start, skip_special_tokens=True))
+        return text._replace(prompt=prompt), tokens._replace(prompt_ids=start)
 
     def canonical_prompt(self, prompt: Prompt) -> Prompt:
         """The prompt; messages if `as_chat`."""

@@ -1,15 +1,31 @@
 """Write a trained model as a Hugging Face folder that anyone can load."""
 
+from pathlib import Path
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remax_lightning.models.lora import merged
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> None:
+
+def export(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, output_dir: str, *, merge: bool = True
+) -> None:
     """Save weights (safetensors), configuration, generation configuration, tokenizer and chat template.
 
     Args:
-        model: Causal language model or sequence-classification model.
+        model: Causal language model or sequence-classification model, with adapters or without.
         tokenizer: Its tokenizer.
         output_dir: Folder to write, made if missing; files of the same name are replaced.
+        merge: Write a model with adapters as an ordinary one that they are merged into; or, if false, write the
+            adapters alone and the name of the model that they belong to. Without adapters it makes no difference.
     """
-    model.save_pretrained(output_dir)
+    if isinstance(model, PeftModel) and not merge:
+        # embeddings are never trained, so there is no need to look up whether they are those of the base
+        model.save_pretrained(output_dir, save_embedding_layers=False)
+    else:
+        (merged(model) if isinstance(model, PeftModel) else model).save_pretrained(output_dir)
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):  # adapters of an earlier export would be put on top
+            (Path(output_dir) / name).unlink(missing_ok=True)
     tokenizer.save_pretrained(output_dir)

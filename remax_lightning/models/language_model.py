@@ -2,19 +2,26 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax_lightning.functional.sequence import position_ids
+from remax_lightning.models.adapter_folder import adapter_base
+from remax_lightning.models.loading import load_weights
 from remax_lightning.models.source import ModelSource
 
 
-def load_language_model(source: ModelSource) -> PreTrainedModel:
+def load_language_model(source: ModelSource, *, on_meta: bool = False) -> PreTrainedModel:
     """Load or build the causal language model of a source, every dropout at zero.
+
+    Args:
+        source: The model.
+        on_meta: Build its structure alone, on the meta device.
 
     Raises:
         ValueError: If the tokenizer has tokens beyond the model's vocabulary.
@@ -23,8 +30,15 @@ def load_language_model(source: ModelSource) -> PreTrainedModel:
     options: dict[str, object] = {"dtype": source.torch_dtype}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
-    if source.path is not None:
-        model = AutoModelForCausalLM.from_pretrained(source.path, config=config, **options)
+    if on_meta:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **options)
+        if source.has_weights:
+            with suppress(OSError):  # a folder without one has what its configuration says
+                path = str(source.path)
+                model.generation_config = GenerationConfig.from_pretrained(adapter_base(path) or path)
+    elif source.has_weights:
+        model, _ = load_weights(AutoModelForCausalLM, source, config=config, **options)
     else:
         model = AutoModelForCausalLM.from_config(config, **options)
     check_vocabulary(model, source.load_tokenizer())
@@ -81,7 +95,8 @@ def context_length(model: PreTrainedModel) -> int | None:
     """The longest sequence, in tokens, that the model has positions for; None where it has no such limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # encoders of RoBERTa's kind count their positions from the one after the padding's
-    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    embeddings = getattr(getattr(plain.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(embeddings, "padding_idx", None)
     return limit if limit is None or padding is None else limit - padding - 1
 

@@ -1,46 +1,79 @@
 """Language models with a scalar head, in the sequence-classification format of transformers: reward models."""
 
+from contextlib import nullcontext
+from typing import Any, cast
+
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from remax_lightning.functional.sequence import last_token_index
 from remax_lightning.models.language_model import check_vocabulary, vocabulary_size
+from remax_lightning.models.loading import load_weights
 from remax_lightning.models.source import ModelSource
 
+HEAD_NAMES = {"^regression_head": "score"}
+"""What a head is called elsewhere (UltraRM), and what transformers calls it in a Llama."""
 
-def load_reward_model(source: ModelSource, *, trained: bool) -> PreTrainedModel:
+
+def load_reward_model(
+    source: ModelSource, *, trained: bool, label: int | None = None, on_meta: bool = False
+) -> PreTrainedModel:
     """Load or build a sequence-classification model with one label, every dropout at zero.
 
     Args:
         source: A folder of a reward model; or, to start one, a causal language model or a configuration.
         trained: The scalar head has to be in the folder; otherwise a missing head starts at random.
+        label: The label of a classifier with several that is to be read; it keeps them all. The default is a model with
+            one.
+        on_meta: Build its structure alone, on the meta device.
 
     Raises:
-        ValueError: If a trained model was required and the folder has several labels or no scalar head.
+        ValueError: If the folder has another number of labels, or a trained model was required and it has no head.
     """
     options: dict[str, object] = {"dtype": source.torch_dtype}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
-    if source.path is None:
-        model = AutoModelForSequenceClassification.from_config(source.load_config(num_labels=1), **options)
+    config = source.load_config(num_labels=1) if label is None else source.load_config()
+    if label is not None and label not in range(config.num_labels or 0):
+        raise ValueError(f"label must be one of the {config.num_labels} of {source.path}, from 0, got {label}")
+    if on_meta or not source.has_weights:
+        with torch.device("meta") if on_meta else nullcontext():
+            model = AutoModelForSequenceClassification.from_config(config, **options)
     else:
-        stored = source.load_config()
-        if trained and stored.num_labels != 1:
-            raise ValueError(
-                f"a reward model has one label, but {source.path} has {stored.num_labels}; "
-                "expected a sequence-classification folder with num_labels=1, such as RewardModel exports"
-            )
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source.path, config=source.load_config(num_labels=1), output_loading_info=True, **options
-        )
-        if trained and loading["missing_keys"]:
-            raise ValueError(f"{source.path} is no trained reward model: it lacks {sorted(loading['missing_keys'])}")
+        model = _load_trained(source, config, trained, options)
     check_vocabulary(model, source.load_tokenizer())
     return model
 
 
-def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _load_trained(
+    source: ModelSource, config: PretrainedConfig, trained: bool, options: dict[str, object]
+) -> PreTrainedModel:
+    model, loading = load_weights(
+        AutoModelForSequenceClassification,
+        source,
+        config=config,
+        key_mapping=HEAD_NAMES,
+        ignore_mismatched_sizes=True,  # refused below, by name
+        **options,
+    )
+    for name, stored, expected in sorted(loading["mismatched_keys"]):
+        if tuple(stored[1:]) == tuple(expected[1:]) and expected[0] == config.num_labels:
+            raise ValueError(
+                f"a reward model has one label, but {source.path} has {stored[0]}; expected a sequence-classification "
+                "folder with num_labels=1, such as RewardModel exports, or the label that is to be read"
+            )
+        raise ValueError(f"{source.path} does not fit its config.json: {name} is {stored}, expected {expected}")
+    if trained and loading["missing_keys"]:
+        raise ValueError(f"{source.path} is no trained reward model: it lacks {sorted(loading['missing_keys'])}")
+    # an export writes the head under the name by which transformers finds it
+    conversions = cast(list[Any], model._weight_conversions)
+    kept = [each for each in conversions if each.source_patterns[0] not in HEAD_NAMES]
+    model._weight_conversions = kept  # type: ignore[assignment]
+    return model
+
+
+def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, label: int = 0) -> Tensor:
     """Score of each sequence, read at its last token.
 
     transformers finds the last token as the last one that differs from the pad token, which goes wrong where a real
@@ -48,9 +81,10 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     that this is its pad token; what stands there is masked from attention anyway.
 
     Args:
-        model: Sequence-classification model with one label.
+        model: Sequence-classification model.
         input_ids: Right-padded tokens, (B, L).
         attention_mask: True at real tokens, (B, L).
+        label: The label whose logit is the score.
 
     Returns:
         Scores, (B,), float32.
@@ -65,4 +99,4 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
         output = model(input_ids=input_ids.masked_fill(~mask, filler), attention_mask=mask)
     finally:
         config.pad_token_id = pad_token_id
-    return output.logits[:, 0].float()
+    return output.logits[:, label].float()

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from remax_lightning.models.adapter_folder import adapter_base, tokenizer_folder
 from remax_lightning.models.tokenizer import load_tokenizer, looks_like_folder
 
 
@@ -16,7 +17,10 @@ class ModelSource:
     """A model to load, or a configuration to build one with random weights from.
 
     Args:
-        path: Hugging Face folder or hub name with the weights.
+        path: Hugging Face folder or hub name with the weights; or an adapter folder of LoRA, which is merged into the
+            base that it names.
+        architecture: Folder with the model's config.json, read in place of that of ``path``, so that ``plan`` and
+            ``tiny`` need no download.
         config: Values of a Hugging Face configuration, ``model_type`` among them, to build random weights from
             instead of loading a ``path``. The vocabulary size and the special tokens default to the tokenizer's.
         tokenizer: Folder or hub name of the tokenizer. The default is ``path``.
@@ -25,17 +29,24 @@ class ModelSource:
             ``--trainer.precision bf16-mixed``: bfloat16 weights are too coarse for RLHF's learning rates.
         attn_implementation: Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ...
             The default is the architecture's.
+        tiny: Random weights of the same architecture at a toy size, with the vocabulary of the tokenizer, to try a
+            recipe without its weights: nothing is loaded from ``path``.
+        quantization: Load frozen base weights in 4 or 8 bit by bitsandbytes, for LoRA.
 
     Raises:
-        ValueError: If not exactly one of ``path`` and ``config`` is given, or a ``config`` comes without a tokenizer.
+        ValueError: If not exactly one of ``path`` and ``config`` is given, a ``config`` comes without a tokenizer, or
+            an ``architecture`` comes beside a ``config``.
     """
 
     path: str | None = None
+    architecture: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str | None = None
+    tiny: bool = False
+    quantization: Literal["4bit", "8bit"] | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.config is None):
@@ -45,12 +56,22 @@ class ModelSource:
             )
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a model built from config needs a tokenizer: set tokenizer to a folder or a hub name")
+        if self.config is not None and self.architecture is not None:
+            raise ValueError(
+                f"architecture stands in for the config.json of a path, but config already says what to build; "
+                f"drop one of architecture={self.architecture!r} and config={self.config!r}"
+            )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to load; otherwise they are random."""
+        return self.path is not None and not self.tiny
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of this model, with a pad token."""
         name = self.tokenizer if self.tokenizer is not None else self.path
         assert name is not None
-        return load_tokenizer(name, self.chat_template)
+        return load_tokenizer(tokenizer_folder(name), self.chat_template)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -64,13 +85,17 @@ class ModelSource:
         training forward has none either.
 
         Raises:
-            FileNotFoundError: If ``path`` is a local path that does not exist.
+            FileNotFoundError: If ``architecture``, or without one ``path``, is a local path that does not exist.
             ValueError: If ``config`` has no known ``model_type``, or a value its architecture does not know.
         """
-        if self.path is not None:
-            config = AutoConfig.from_pretrained(existing(self.path), **overrides)
+        folder = self.path if self.architecture is None else self.architecture
+        if folder is not None:
+            config = AutoConfig.from_pretrained(adapter_base(existing(folder)) or folder, **overrides)
+            config.name_or_path = str(self.path)  # that of an adapter folder, not of its base
         else:
             config = self._build_config(overrides)
+        if self.tiny:
+            shrink(config, self.load_tokenizer())
         for name, value in config.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
@@ -86,14 +111,43 @@ class ModelSource:
         known = set(config_class().to_dict()) | set(config_class.attribute_map)
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config has values that {config_class.__name__} does not know: {', '.join(unknown)}")
-        tokenizer = self.load_tokenizer()
-        defaults = {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        return config_class(**{**defaults, **values, **overrides})
+        return config_class(**{**vocabulary_of(self.load_tokenizer()), **values, **overrides})
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """What a configuration says of the vocabulary: its size and the special tokens."""
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def shrink(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Bring a configuration to a toy size; what its architecture switches on or groups stays so.
+
+    Two layers of four heads; as many heads share keys and values as before, and embeddings that were narrower than the
+    layers (OPT-350M) still are. The number of positions is left alone.
+
+    Args:
+        config: The configuration, which is changed.
+        tokenizer: Gives the vocabulary.
+    """
+    heads = config.num_attention_heads
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": max(1, 4 * (getattr(config, "num_key_value_heads", None) or heads) // heads),
+        "head_dim": 16,
+        **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "hidden_dim"), 128),  # as architectures call it
+        "word_embed_proj_dim": 64 if getattr(config, "word_embed_proj_dim", None) == config.hidden_size else 32,
+        "layer_types": (getattr(config, "layer_types", None) or [])[:2],
+    }
+    present = {name: value for name, value in sizes.items() if getattr(config, name, None) is not None}
+    for name, value in {**present, **vocabulary_of(tokenizer)}.items():
+        setattr(config, name, value)
 
 
 def existing(path: str) -> str:

@@ -4,17 +4,22 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from remax_lightning.models.lora import LoRA, add_lora, check_quantization
+from remax_lightning.models.parallelize import Sharding, checkpoint_activations, sync_gradients, whole
+from remax_lightning.models.sharded_loading import Loader, load_sharded, peak_host_memory, structure, whole_copy
+from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.means import Means
 
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
@@ -35,6 +40,9 @@ class TrainableModule(LightningModule):
         micro_batch_tokens: Tokens for each forward and backward pass, padding included; a longer row goes alone. With
             both limits, the one that is reached first ends a micro-batch.
         max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
+        activation_checkpointing: Keep only the input of each block for the backward pass and compute the rest again:
+            far less memory, for about a third more time in the update.
+        lora: Train low-rank adapters on the model instead of its weights, which are frozen.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -48,6 +56,8 @@ class TrainableModule(LightningModule):
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
         max_grad_norm: float | None = 1.0,
+        activation_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= warmup_fraction < 1:
@@ -61,7 +71,12 @@ class TrainableModule(LightningModule):
         self.optimizer = optimizer
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.activation_checkpointing = max_grad_norm, activation_checkpointing
+        self.lora = lora
+        self._structure: Callable[[], PreTrainedModel] | None = None  # of a model that is split over processes
+        self.strict_loading = lora is None  # a checkpoint holds only what is trained
+        self.register_state_dict_post_hook(leave_out_frozen)
+        self.sharding: Sharding | None = None  # set by a strategy that splits models over processes
         self.skipped_in_a_row = 0
         self.seconds: dict[str, float] = {}
         self.train_means, self.eval_means = Means(), Means()
@@ -75,8 +90,41 @@ class TrainableModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what this loop cannot do right."""
-        if self.trainer.precision == "16-mixed":
+        strategy, precision = self.trainer.strategy, self.trainer.precision
+        if precision == "16-mixed":
             raise ValueError("precision 16-mixed scales the loss, which this loop does not undo; use bf16-mixed")
+        if self.sharding is None and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise unsupported_strategy(type(strategy).__name__)
+        if self.sharding is not None and precision != "32-true":
+            raise ValueError(
+                f"under fsdp2 trainer.precision must be 32-true, the type of what is kept, got {precision}; the type "
+                "of the computation is trainer.strategy.compute_dtype"
+            )
+
+    def load(self, load: Loader, source: ModelSource) -> PreTrainedModel:
+        """The model to train: with adapters, split over processes and with checkpointed activations, as configured.
+
+        Args:
+            load: Loads the model of a source.
+            source: Where from.
+        """
+        check_quantization(source, self.lora)
+        if self.sharding is not None:
+            self._structure = partial(structure, load, source, self.lora)
+            model = load_sharded(load, source, self.sharding, lora=self.lora)
+            peaks = ", ".join(f"{peak:.2f}" for peak in peak_host_memory())
+            rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by process, GiB: {peaks}")
+        else:
+            model = load(source)
+            if self.lora is not None:
+                model = cast(PreTrainedModel, add_lora(model, self.lora))
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
+        return model.train()
+
+    def whole_model(self) -> PreTrainedModel | None:
+        """The trained model in one piece, for export: if it is split over processes a copy, in process 0 alone."""
+        return self.trained_model if self._structure is None else whole_copy(self.trained_model, self._structure)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over two groups of parameters, and the schedule of its learning rate."""
@@ -111,15 +159,16 @@ class TrainableModule(LightningModule):
         """
         optimizer = cast(Optimizer, self.optimizers())
         micro_batches = self.micro_batches(lengths)
-        for number, rows in enumerate(micro_batches):
-            with self._gradient_sync(number == len(micro_batches) - 1):
-                self.manual_backward(loss(rows))
+        num_passes = self._most_of_processes(len(micro_batches))
+        for number in range(num_passes):
+            with self._gradient_sync(is_last=number == num_passes - 1):
+                self.manual_backward(loss(micro_batches[number]) if number < len(micro_batches) else self._no_loss())
         max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.trained_model.parameters(), max_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.trained_model.parameters(), max_norm))
         is_usable = self.accepts_step() and bool(torch.isfinite(norm) & (num_terms > 0))
         self.train_means.add("grad_norm", norm)
         self.train_means.add("steps_skipped", torch.tensor(0.0 if is_usable else 1.0, device=self.device))
-        self.train_means.add("learning_rate", torch.tensor(optimizer.param_groups[0]["lr"], device=self.device))
+        self.train_means.add("learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device))
         if is_usable:
             optimizer.step()
             self.lr_schedulers().step()  # type: ignore[union-attr]
@@ -145,8 +194,23 @@ class TrainableModule(LightningModule):
 
     def _gradient_sync(self, is_last: bool) -> Any:
         """Processes exchange gradients once a step, after the last micro-batch."""
+        if self.sharding is not None:
+            sync_gradients(self.trained_model, self.sharding, is_last=is_last)
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not is_last else nullcontext()
+
+    def _most_of_processes(self, count: int) -> int:
+        """The largest count of all processes where they have to call a sharded model equally often; else the count."""
+        if self.sharding is None:
+            return count
+        counts = torch.tensor(count, device=self.device)
+        return int(cast(Tensor, self.trainer.strategy.reduce(counts, reduce_op="max")))
+
+    def _no_loss(self) -> Tensor:
+        """A loss of 0 through all parameters: the part of this process in another one's micro-batch."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        outputs = self.trained_model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+        return (outputs.logits * 0.0).sum()
 
     def _count_skipped(self, is_usable: bool) -> None:
         self.skipped_in_a_row = 0 if is_usable else self.skipped_in_a_row + 1
@@ -196,6 +260,22 @@ class TrainableModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log what the test found."""
         self.log_evaluation("test")
+
+
+def unsupported_strategy(name: str) -> ValueError:
+    """The refusal of a strategy that manual optimization is wrong or fails with."""
+    return ValueError(
+        f"trainer.strategy must be auto, ddp or fsdp2, got {name}; to split a model over several devices use fsdp2 "
+        "(FSDP1 and DeepSpeed do not work with manual optimization)"
+    )
+
+
+def leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take parameters that are not trained out of the state of a module; they are loaded from where they came from."""
+    frozen = {id(value) for value in module.parameters() if not value.requires_grad}
+    for name, value in module.named_parameters(remove_duplicate=False):
+        if id(value) in frozen:
+            state.pop(prefix + name, None)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remax_lightning.models.language_model import load_language_model, stop_token_ids
+from remax_lightning.models.parallelize import gathered
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.rollout import Rollout, RolloutEngine, Sampling, TransformersEngine
@@ -41,7 +42,7 @@ class PolicyModule(TrainableModule):
     def configure_model(self) -> None:
         """Load or build the policy, once."""
         if "policy" not in self._modules:
-            self.policy = load_language_model(self.policy_source).train()
+            self.policy = self.load(load_language_model, self.policy_source)
             self.stop_token_ids = stop_token_ids(self.policy, self.tokenizer)
 
     def respond(
@@ -55,16 +56,17 @@ class PolicyModule(TrainableModule):
         greedy_max_new_tokens: int | None = None,
     ) -> tuple[Rollout, Rollout | None]:
         """Sampled responses of a policy to a batch of prompts, and the greedy ones; see RolloutEngine.generate."""
-        return self.engine.generate(
-            policy,
-            batch,
-            sampling,
-            stop_token_ids=self.stop_token_ids,
-            greedy=greedy,
-            greedy_max_new_tokens=greedy_max_new_tokens,
-            seed=self.seed,
-            step=step,
-        )
+        with gathered(policy):
+            return self.engine.generate(
+                policy,
+                batch,
+                sampling,
+                stop_token_ids=self.stop_token_ids,
+                greedy=greedy,
+                greedy_max_new_tokens=greedy_max_new_tokens,
+                seed=self.seed,
+                step=step,
+            )
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses as text, without special tokens."""

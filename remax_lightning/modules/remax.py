@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import AdamW
 
 from remax_lightning.functional.advantages import KLForm, check_remax_arguments, remax_advantages
+from remax_lightning.modules.optimizers import policy_gradient_adamw
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.rollout import Rollout
 
@@ -41,7 +41,7 @@ class ReMax(PolicyGradientModule):
         gamma: float = 1.0,
         reward_clip: float | None = None,
         greedy_max_new_tokens: int | None = None,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1),
+        optimizer: OptimizerCallable = policy_gradient_adamw,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, **kwargs)

@@ -1,17 +1,18 @@
 """A reward model: a language model with a scalar head that learns which of two responses is preferred."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from remax_lightning.functional.losses import bradley_terry_loss
 from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.base import TrainableModule
+from remax_lightning.modules.optimizers import reward_model_adamw
 
 
 class RewardModel(TrainableModule):
@@ -34,7 +35,7 @@ class RewardModel(TrainableModule):
     def __init__(
         self,
         model: ModelSource,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1),
+        optimizer: OptimizerCallable = reward_model_adamw,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, **kwargs)
@@ -49,7 +50,7 @@ class RewardModel(TrainableModule):
     def configure_model(self) -> None:
         """Load or build the reward model, once."""
         if "model" not in self._modules:
-            self.model = load_reward_model(self.model_source, trained=False).train()
+            self.model = self.load(partial(load_reward_model, trained=False), self.model_source)
 
     def scores(self, batch: dict[str, Tensor], pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and of the rejected responses of some pairs, (N,) each."""

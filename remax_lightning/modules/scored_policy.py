@@ -1,16 +1,22 @@
 """A policy with a reward and a reference: what it takes to evaluate it, and what training is built on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from remax_lightning.functional.log_probs import kl_k1
 from remax_lightning.models.language_model import freeze, frozen_copy, load_language_model
+from remax_lightning.models.lora import without_adapters
 from remax_lightning.models.next_token import log_probs_of
+from remax_lightning.models.parallelize import gathered
+from remax_lightning.models.sharded_loading import load_sharded, split_copy
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.policy import PolicyModule, raw_columns, rows_of
 from remax_lightning.rewards import Reward
@@ -63,12 +69,27 @@ class ScoredPolicyModule(PolicyModule):
     def configure_model(self) -> None:
         """Load or build the policy and, for a KL penalty, the reference, once."""
         super().configure_model()
-        if self.kl_coef == 0 or self.reference is not None:
-            return
-        if self.reference_source is None:
-            self.__dict__["reference"] = frozen_copy(self.policy)
-        else:
-            self.__dict__["reference"] = freeze(load_language_model(self.reference_source))
+        if self.kl_coef > 0 and self.reference is None:
+            self.__dict__["reference"] = self._load_reference()
+
+    def _load_reference(self) -> PreTrainedModel:
+        if self.reference_source is not None:
+            if self.sharding is None:
+                return freeze(load_language_model(self.reference_source))
+            return freeze(load_sharded(load_language_model, self.reference_source, self.sharding, frozen=True))
+        if self.lora is not None:
+            return self.policy  # without its adapters, see as_reference
+        if self.sharding is None:
+            return frozen_copy(self.policy)
+        return split_copy(self.policy, load_language_model, self.policy_source, self.sharding)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """The reference; one that is the policy without its adapters is so inside the context only."""
+        assert self.reference is not None
+        is_policy = self.reference is self.policy
+        with without_adapters(cast(PeftModel, self.policy)) if is_policy else nullcontext():
+            yield self.reference
 
     def on_fit_start(self) -> None:
         """Load the rewards, on the device of the policy."""
@@ -81,8 +102,8 @@ class ScoredPolicyModule(PolicyModule):
             return
         for reward in (self.reward, self.judge):
             if reward is not None:
-                reward.setup(self.device)
-        if self.reference is not None:
+                reward.setup(self.device, self.sharding)
+        if self.reference is not None and self.sharding is None:
             self.reference.to(self.device)  # type: ignore[arg-type]
         self._frozen_on = self.device
 
@@ -118,10 +139,11 @@ class ScoredPolicyModule(PolicyModule):
         if self.reference is None:
             return None
         log_probs = torch.zeros(rollout.response_ids.shape, device=self.device)
-        for rows in self.micro_batches(rollout.total_lengths):
-            part = rollout.rows(rows)
-            values = log_probs_of(self.reference, *part.sequences(), temperature=self.sampling.temperature)
-            log_probs[rows, : part.response_ids.shape[1]] = part.at_tokens(values)
+        with self.as_reference() as reference, gathered(reference):
+            for rows in self.micro_batches(rollout.total_lengths):
+                part = rollout.rows(rows)
+                values = log_probs_of(reference, *part.sequences(), temperature=self.sampling.temperature)
+                log_probs[rows, : part.response_ids.shape[1]] = part.at_tokens(values)
         return log_probs
 
     def scored_rows(self, policy: PreTrainedModel, batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -163,11 +185,11 @@ class ScoredPolicyModule(PolicyModule):
         return [{**raw, **row} for raw, row in zip(rows_of(raw_columns(batch)), rows, strict=True)]
 
     def _rows_of_reference(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        assert self.reference is not None
         prompts = zip(batch["prompt_index"].tolist(), batch["prompt_ids"], batch["prompt_mask"], strict=True)
         keys = [(index, *ids[mask].tolist()) for index, ids, mask in prompts]
         if not all(key in self._reference_rows for key in keys):
-            self._reference_rows.update(zip(keys, self.scored_rows(self.reference, batch), strict=True))
+            with self.as_reference() as reference:
+                self._reference_rows.update(zip(keys, self.scored_rows(reference, batch), strict=True))
         return [self._reference_rows[key] for key in keys]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW
 
 from remax_lightning.models.next_token import log_probs_of, policy_gradient_of
+from remax_lightning.modules.optimizers import sft_adamw
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rollout import Sampling
 
@@ -27,7 +27,7 @@ class SFT(PolicyModule):
     def __init__(
         self,
         sampling: Sampling = Sampling(max_new_tokens=256),
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0),
+        optimizer: OptimizerCallable = sft_adamw,
         **kwargs: Any,
     ) -> None:
         super().__init__(sampling=sampling, optimizer=optimizer, **kwargs)

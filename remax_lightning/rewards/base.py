@@ -6,14 +6,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from remax_lightning.models.parallelize import Sharding
 from remax_lightning.models.tokenizer import Prompt
 
 
 class Reward(ABC):
     """Scores responses to prompts."""
 
-    def setup(self, device: torch.device) -> None:  # noqa: B027 (a reward without a model loads nothing)
-        """Load what is needed, on the device of the policy; called once before the first score."""
+    def setup(  # noqa: B027 (a reward without a model loads nothing)
+        self, device: torch.device, sharding: Sharding | None = None
+    ) -> None:
+        """Load what is needed; called once before the first score.
+
+        Args:
+            device: Where the policy computes.
+            sharding: How models are split over processes; None where each process has its own.
+        """
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> Tensor:

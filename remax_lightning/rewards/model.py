@@ -1,6 +1,7 @@
 """A trained reward model as a reward."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -8,25 +9,36 @@ from torch import Tensor
 
 from remax_lightning.functional.sequence import right_pad
 from remax_lightning.models.language_model import context_length, freeze
-from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
+from remax_lightning.models.parallelize import Sharding, gathered
+from remax_lightning.models.scalar_model import HEAD_NAMES, load_reward_model, sequence_scores
+from remax_lightning.models.sharded_loading import load_sharded
 from remax_lightning.models.source import ModelSource, existing
 from remax_lightning.models.tokenizer import Prompt, encode_prompt, encode_response
 from remax_lightning.rewards.base import Reward
 
 
 class ModelReward(Reward):
-    """Reward by a Hugging Face sequence-classification model with one label, through its own tokenizer and template.
+    """Reward by a Hugging Face sequence-classification model, through its own tokenizer and template.
 
-    A text prompt is scored as prompt, response and end-of-sequence token; chat messages through the chat template.
+    A text prompt is scored as prompt, response and end-of-sequence token; chat messages through the chat template. A
+    tokenizer without an end-of-sequence token (BERT's) ends with its separator.
 
     Args:
-        path: Folder or hub name of the reward model, such as the ``hf`` folder that a RewardModel run writes.
+        path: Folder or hub name of the reward model, such as the ``hf`` folder that a RewardModel run writes. A folder
+            of UltraRM's kind, with a ``regression_head``, is one too.
         chat_template: Jinja text, or a path to a file with it, in place of the tokenizer's own chat template.
         as_chat: Give a text prompt to the chat template, as a user's message.
         batch_size: Conversations scored at once.
         max_length: Longest conversation in tokens; a longer one loses tokens of the prompt, on the left. The default is
             the model's context.
         dtype: Type of the weights in memory.
+        label: The label whose logit is the reward, of a classifier with several: 1 for a sentiment model's positive.
+            The default is a model with one label.
+        ends_with_eos: Read the score at the end-of-sequence token; false takes it off and reads the response's last
+            token, for a model that was trained without.
+        tokenizer: Folder or hub name of the tokenizer. The default is ``path``.
+        architecture: Folder with the model's config.json, as in ModelSource.
+        tiny: Random weights of the same architecture at a toy size, as in ModelSource.
     """
 
     def __init__(
@@ -37,19 +49,38 @@ class ModelReward(Reward):
         batch_size: int = 32,
         max_length: int | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        label: int | None = None,
+        ends_with_eos: bool = True,
+        tokenizer: str | None = None,
+        architecture: str | None = None,
+        tiny: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
-        self.source = ModelSource(path=existing(path), chat_template=chat_template, dtype=dtype)
+        self.source = ModelSource(
+            path=path if tiny or architecture else existing(path),  # a recipe's is made by the stage before
+            architecture=architecture,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            dtype=dtype,
+            tiny=tiny,
+        )
+        self.label, self.ends_with_eos = label, ends_with_eos
         self.as_chat, self.batch_size, self.max_length = as_chat, batch_size, max_length
 
-    def setup(self, device: torch.device) -> None:
+    def setup(self, device: torch.device, sharding: Sharding | None = None) -> None:
         """Load the model and its tokenizer."""
         self.tokenizer = self.source.load_tokenizer()
-        self.model = freeze(load_reward_model(self.source, trained=True))
-        self.model.to(device)  # type: ignore[arg-type]
+        if self.tokenizer.eos_token is None:
+            self.tokenizer.eos_token = self.tokenizer.sep_token
+        load, self.device = partial(load_reward_model, trained=True, label=self.label), device
+        if sharding is None:
+            self.model = freeze(load(self.source)).to(device)  # type: ignore[arg-type]
+        else:
+            model = load_sharded(load, self.source, sharding, key_mapping=HEAD_NAMES, frozen=True)
+            self.model = freeze(model)
         limits = [limit for limit in (self.max_length, context_length(self.model)) if limit is not None]
         self.limit = min(limits, default=None)
 
@@ -59,12 +90,13 @@ class ModelReward(Reward):
         rows = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         # rows of like length are scored together, so that little is computed on padding
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        rewards = torch.empty(len(rows), device=self.model.device)
-        for start in range(0, len(rows), self.batch_size):
-            index = order[start : start + self.batch_size]
-            ids, mask = right_pad([rows[row] for row in index], self.tokenizer.pad_token_id)
-            scores = sequence_scores(self.model, ids.to(self.model.device), mask.to(self.model.device))
-            rewards[index] = scores
+        rewards = torch.empty(len(rows), device=self.device)
+        with gathered(self.model):
+            for start in range(0, len(rows), self.batch_size):
+                index = order[start : start + self.batch_size]
+                ids, mask = right_pad([rows[row] for row in index], self.tokenizer.pad_token_id)
+                ids, mask = ids.to(self.device), mask.to(self.device)
+                rewards[index] = sequence_scores(self.model, ids, mask, label=self.label or 0)
         return rewards
 
     def encode(self, prompt: Prompt, response: str) -> list[int]:
@@ -72,4 +104,6 @@ class ModelReward(Reward):
         if self.as_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         ids = encode_prompt(self.tokenizer, prompt) + encode_response(self.tokenizer, prompt, response)
+        if not self.ends_with_eos and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
         return ids if self.limit is None else ids[-self.limit :]

@@ -105,7 +105,7 @@ def test_a_manifest_without_a_file_is_nothing(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 1)
     path.unlink()
     assert newest_complete(tmp_path) is None
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint "):
         check_complete(path)
 
 
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_older_ones(
 ) -> None:
     save(tmp_path, 1, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    module = "remax_lightning.callbacks.safe_checkpoint_io.open"
+    module = "remax_lightning.callbacks.synced_file.open"
     monkeypatch.setattr(module, partial(FullDisk, room=room), raising=False)
     with pytest.raises(OSError, match=rf"step={step}.ckpt could not be written \(No space left on device\)") as error:
         save(tmp_path, step)
@@ -240,7 +240,7 @@ def test_an_interrupted_save_is_cleared_away(tmp_path: Path) -> None:
 def test_a_full_disk_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
     train(policy, folder, 2)
-    module = "remax_lightning.callbacks.safe_checkpoint_io.open"
+    module = "remax_lightning.callbacks.synced_file.open"
     monkeypatch.setattr(module, partial(FullDisk, room=10_000), raising=False)
     monkeypatch.setattr("remax_lightning.callbacks.safe_checkpoint_io.fault", lambda *args: None)
     with (
@@ -319,7 +319,7 @@ def test_a_corrupt_file_is_refused(configured: Path) -> None:
     flip(path)
     with pytest.raises(UnusableCheckpoint, match=r"step=3.ckpt is corrupt: its content is not what was written"):
         run(configured, "--ckpt_path", path, subcommand="test")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint "):
         run(configured, "--ckpt_path", folder_of(configured) / "step=7.ckpt")
 
 

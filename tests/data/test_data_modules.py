@@ -152,6 +152,24 @@ def test_long_prompts_truncate_keeps_the_last_tokens(write):
     assert dropped(kept) == ["train: dropped 1 of 2 rows (1 x prompt above 6 tokens)"]
 
 
+def test_long_prompts_keep_start_keeps_the_first_tokens_and_their_text(write):
+    long = "Name a red animal and a blue animal and a green animal"
+    tokenizer = build_tokenizer()
+    arguments = {"max_prompt_length": 6, "batch_size": 1, "long_prompts": "keep_start"}
+    data = attach(PromptDataModule(train=write([{"prompt": long, "whole": long}, {"prompt": "Hi"}]), **arguments))
+    first, second = data.examples["train"]
+    assert list(first["prompt_ids"]) == encode_prompt(tokenizer, long)[:6]
+    assert first["prompt"] == tokenizer.decode(first["prompt_ids"])
+    assert first["whole"] == long
+    assert (second["prompt"], list(second["prompt_ids"])) == ("Hi", encode_prompt(tokenizer, "Hi"))
+
+
+def test_long_prompts_keep_start_drops_long_messages(write):
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("Hi", "Hi there " * 20)]
+    data = PromptDataModule(train=write(rows), max_prompt_length=30, batch_size=1, long_prompts="keep_start")
+    assert dropped(data) == ["train: dropped 1 of 2 rows (1 x prompt above 30 tokens)"]
+
+
 def test_max_length_cuts_the_end_of_a_demonstration(write):
     tokenizer = build_tokenizer()
     row = {"prompt": "Hi", "response": "The red fox and the blue fox and the green fox"}

@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from remax_lightning.models.export import export
 from remax_lightning.models.language_model import load_language_model, stop_token_ids
+from remax_lightning.models.lora import LoRA, add_lora
 from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
 from remax_lightning.models.source import ModelSource
 
@@ -89,3 +91,65 @@ def test_the_dtype_is_that_in_memory(tmp_path: Path) -> None:
     source = ModelSource(path=tiny.save_model(tmp_path / "source"), dtype="bfloat16")
     export(load_language_model(source), source.load_tokenizer(), str(tmp_path / "hf"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
+
+
+def with_adapters(source: ModelSource, **options: object) -> torch.nn.Module:
+    model = add_lora(load_language_model(source), LoRA(rank=4, **options)).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma"])
+def test_adapters_go_into_an_ordinary_folder(tmp_path: Path, architecture: str) -> None:
+    source = ModelSource(path=tiny.save_model(tmp_path / "source", architecture))
+    model = with_adapters(source)
+    export(model, source.load_tokenizer(), str(tmp_path / "hf"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert loaded.config.architectures == [type(loaded).__name__] == [type(model.get_base_model()).__name__]
+    assert loaded.generation_config.eos_token_id == list(tiny.STOPS)
+    assert not list((tmp_path / "hf").glob("adapter*"))
+    assert "peft" not in (tmp_path / "hf" / "config.json").read_text()
+
+
+@torch.no_grad()
+def test_adapters_alone_name_their_base(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    source = ModelSource(path=tiny.save_model(tmp_path / "source"), chat_template=template)
+    model = with_adapters(source, merge=False)
+    export(model, source.load_tokenizer(), str(tmp_path / "hf"), merge=False)
+    assert not (tmp_path / "hf" / "model.safetensors").exists()
+    config = json.loads((tmp_path / "hf" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (source.path, 4, 32.0)
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    loaded = PeftModel.from_pretrained(base, tmp_path / "hf").eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == template
+    assert (tmp_path / "hf" / "adapter_model.safetensors").stat().st_size < 100_000
+
+
+@torch.no_grad()
+def test_an_ordinary_export_replaces_adapters(tmp_path: Path) -> None:
+    source, folder = ModelSource(path=tiny.save_model(tmp_path / "source")), str(tmp_path / "hf")
+    model = with_adapters(source, merge=False)
+    export(model, source.load_tokenizer(), folder, merge=False)
+    export(model, source.load_tokenizer(), folder)
+    loaded = load_language_model(ModelSource(path=folder)).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_of_a_reward_model(tmp_path: Path, merge: bool) -> None:
+    source = ModelSource(path=tiny.save_model(tmp_path / "source"))
+    model = add_lora(load_reward_model(source, trained=False), LoRA(rank=4, merge=merge)).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    export(model, source.load_tokenizer(), str(tmp_path / "hf"), merge=merge)
+    loaded = load_reward_model(ModelSource(path=str(tmp_path / "hf")), trained=True).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)

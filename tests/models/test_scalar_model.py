@@ -1,10 +1,12 @@
+import json
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaModel, PreTrainedModel
 
 from remax_lightning.functional.sequence import right_pad
 from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
@@ -90,6 +92,73 @@ def test_a_missing_head_and_two_labels_are_refused(tmp_path: Path) -> None:
         load(tiny.save_reward_model(tmp_path / "three", num_labels=3))
     with pytest.raises(ValueError, match=r"it lacks .*score.weight"):
         load(tiny.save_model(tmp_path / "policy", num_labels=1))
+
+
+def save_ultrarm(folder: Path, kind: str) -> tuple[LlamaModel, nn.Linear]:
+    """A folder as that of UltraRM-13B: a Llama, a head of its own name, and a configuration without labels."""
+    torch.manual_seed(0)
+    words = tiny.tokenizer()
+    config = LlamaConfig(**tiny.SHAPES["llama"], vocab_size=len(words) + 1, bos_token_id=1, eos_token_id=1)
+    backbone, head = LlamaModel(config).eval(), nn.Linear(config.hidden_size, 1, bias=False)
+    values = {name: value for name, value in config.to_dict().items() if name not in ("num_labels", "id2label")}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**values, "architectures": ["LlamaRewardModel"]}))
+    words.save_pretrained(folder)
+    weights = {f"model.{name}": value for name, value in backbone.state_dict().items()}
+    weights["regression_head.weight"] = head.weight.detach()
+    if kind == "safetensors":
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")
+    return backbone, head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_regression_head_is_read(tmp_path: Path, kind: str) -> None:
+    backbone, head = save_ultrarm(tmp_path / "ultrarm", kind)
+    model = load(str(tmp_path / "ultrarm"))
+    assert torch.equal(model.score.weight, head.weight)
+    expected = [head(backbone(torch.tensor([row])).last_hidden_state[0, -1])[0] for row in ROWS]
+    torch.testing.assert_close(sequence_scores(model, *right_pad(ROWS, 0)), torch.stack(expected))
+    model.save_pretrained(tmp_path / "exported")
+    exported, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "exported", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert tiny.are_equal(tiny.weights(exported), tiny.weights(model))
+
+
+def test_no_other_weight_of_a_wrong_shape_is_taken(tmp_path: Path) -> None:
+    path = tiny.save_reward_model(tmp_path / "reward")
+    larger = tiny.save_reward_model(tmp_path / "larger", intermediate_size=56)
+    with pytest.raises(ValueError, match=r"reward does not fit its config.json: .*mlp.* is .*48.*, expected .*56"):
+        load_reward_model(ModelSource(path=path, architecture=larger), trained=False)
+
+
+def test_three_labels_are_no_start_of_a_reward_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has one label, but .* has 3"):
+        load(tiny.save_reward_model(tmp_path / "three", num_labels=3), trained=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_one_label_of_several_is_read(tmp_path: Path, architecture: str) -> None:
+    path = tiny.save_reward_model(tmp_path / "two", architecture, num_labels=2)
+    model = load_reward_model(ModelSource(path=path), trained=True, label=1).eval()
+    whole = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    whole.config.pad_token_id = None
+    for label in (0, 1):
+        scores = sequence_scores(model, *right_pad(ROWS, 0), label=label)
+        expected = [whole(torch.tensor([row])).logits[0, label] for row in ROWS]
+        torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_that_there_is_not_is_refused(tmp_path: Path, label: int) -> None:
+    path = tiny.save_reward_model(tmp_path / "two", num_labels=2)
+    with pytest.raises(ValueError, match=rf"label must be one of the 2 of .*two, from 0, got {label}"):
+        load_reward_model(ModelSource(path=path), trained=True, label=label)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -199,6 +199,43 @@ def test_two_labels_are_refused(tmp_path: Path) -> None:
         reward(path)
 
 
+def test_one_label_of_two_is_the_reward(tmp_path: Path) -> None:
+    path = tiny.save_reward_model(tmp_path / "reward", num_labels=2)
+    negative, positive = (reward(path, label=label)(PROMPTS, RESPONSES) for label in (0, 1))
+    torch.testing.assert_close(negative, expected(path, PROMPTS, RESPONSES), atol=1e-5, rtol=1e-5)
+    assert not torch.isclose(negative, positive).any()
+
+
+def test_the_last_token_of_the_response_can_be_read(llama: str) -> None:
+    scores = reward(llama, ends_with_eos=False)(PROMPTS, RESPONSES)
+    pairs = zip(PROMPTS, RESPONSES, strict=True)
+    assert scores.tolist() == pytest.approx([alone(llama, encode(llama, *pair)[:-1]) for pair in pairs], abs=1e-5)
+
+
+def test_a_tokenizer_without_eos_ends_with_its_separator(tmp_path: Path) -> None:
+    path = tiny.save_reward_model(tmp_path / "reward", "bert")
+    words = AutoTokenizer.from_pretrained(path)
+    scores = reward(path)(["a"], ["b"])
+    words.eos_token, words.sep_token = None, "<eos>"
+    words.save_pretrained(path)
+    assert AutoTokenizer.from_pretrained(path).eos_token is None
+    assert torch.equal(reward(path)(["a"], ["b"]), scores)
+
+
+def test_a_tiny_model_needs_no_weights(tmp_path: Path) -> None:
+    path = tiny.save_reward_model(tmp_path / "reward", num_labels=2)
+    for options in ({}, {"label": 1}):
+        scored = reward("not/there/yet", architecture=path, tokenizer=path, tiny=True, **options)
+        assert scored.model.config.hidden_size == 64
+        assert scored(PROMPTS, RESPONSES).isfinite().all()
+
+
+def test_a_folder_that_is_not_there_yet_is_missed_when_it_is_loaded(llama: str) -> None:
+    scored = ModelReward("not/there/yet", architecture=llama, tokenizer=llama)
+    with pytest.raises(FileNotFoundError, match="not/there/yet does not exist"):
+        scored.setup(torch.device("cpu"))
+
+
 def test_a_causal_language_model_is_refused(tmp_path: Path) -> None:
     path = tiny.save_model(tmp_path / "policy")
     with pytest.raises(ValueError, match=r"no trained reward model|has one label"):

@@ -16,10 +16,13 @@ SECONDS = 120
 STEPS = 3
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 COMMON: dict[str, Any] = {"optimizer": SGD, "lr_schedule": "linear", "micro_batch_size": 1, "max_grad_norm": 5.0}
+FSDP2 = {"class_path": "FSDP2Strategy", "init_args": {"compute_dtype": "float32"}}
 TIMES = ("time/", "train/tokens_per_second", "epoch", "step")
 
 
-def run(folder: Path, name: str, model: dict[str, Any], data: dict[str, Any], processes: int) -> Path:
+def run(
+    folder: Path, name: str, model: dict[str, Any], data: dict[str, Any], processes: int, strategy: Any = "auto"
+) -> Path:
     """A fit with as many processes; the global batch is four rows."""
     values = dict(data["init_args"], batch_size=4 // processes, eval_batch_size=4 // processes)
     config = {
@@ -28,7 +31,7 @@ def run(folder: Path, name: str, model: dict[str, Any], data: dict[str, Any], pr
         "trainer": {
             "accelerator": "cpu",
             "devices": processes,
-            "strategy": "ddp" if processes > 1 else "auto",
+            "strategy": strategy,
             "max_steps": STEPS,
             "default_root_dir": str(folder / name),
             "enable_progress_bar": False,
@@ -64,7 +67,8 @@ def assert_same(one: Path, two: Path, start: str) -> None:
 
 
 @pytest.mark.timeout(2 * SECONDS)
-def test_remax(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", FSDP2], ids=["ddp", "fsdp2"])
+def test_remax(strategy: Any, tmp_path: Path) -> None:
     policy, other = tiny.save_model(tmp_path / "policy"), tiny.save_model(tmp_path / "other", seed=1)
     words = ["Go", "Tell me more", "a", "What is it", "Sing.", "no", "Yes or no", "up"]
     train = tiny.write_rows(
@@ -83,7 +87,7 @@ def test_remax(tmp_path: Path) -> None:
         },
     }
     data = {"class_path": "PromptDataModule", "init_args": {"train": train, "validation": held_out}}
-    one, two = (run(tmp_path, f"run{count}", model, data, count) for count in (1, 2))
+    one, two = run(tmp_path, "one", model, data, 1), run(tmp_path, "two", model, data, 2, strategy)
     assert_same(one, two, policy)
     table = metrics(one)
     assert sorted(table["train/rows_dropped"].dropna().unique()) == [0.0, 2.0]
@@ -97,5 +101,5 @@ def test_sft(tmp_path: Path) -> None:
     train = tiny.write_rows(tmp_path / "train.jsonl", rows)
     model = {"class_path": "SFT", "init_args": {**COMMON, "policy": {"path": policy}}}
     data = {"class_path": "DemonstrationDataModule", "init_args": {"train": train, "validation": train}}
-    one, two = (run(tmp_path, f"run{count}", model, data, count) for count in (1, 2))
+    one, two = run(tmp_path, "one", model, data, 1), run(tmp_path, "two", model, data, 2, "ddp")
     assert_same(one, two, policy)

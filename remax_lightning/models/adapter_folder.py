@@ -1,0 +1,43 @@
+"""Folders that hold adapters alone and name the model that they belong to, in the format of peft."""
+
+import json
+from pathlib import Path
+
+from remax_lightning.models.tokenizer import looks_like_folder
+
+CONFIG = "adapter_config.json"
+
+
+def adapter_base(path: str) -> str | None:
+    """Folder or hub name of the model that an adapter folder belongs to; None if ``path`` is no adapter folder.
+
+    Raises:
+        FileNotFoundError: If that model can only be a folder and is not there.
+        ValueError: If the adapter folder names none, or names another adapter folder.
+    """
+    file = Path(path).expanduser() / CONFIG
+    if not file.exists():
+        return None
+    base: str | None = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{file} names no base model; set base_model_name_or_path to the one that it was trained on")
+    if looks_like_folder(base) and not Path(base).expanduser().exists():
+        raise FileNotFoundError(
+            f"{base} does not exist; {file} names it as its base model: correct base_model_name_or_path there"
+        )
+    if (Path(base).expanduser() / CONFIG).exists():
+        raise ValueError(f"{file} names {base} as its base model, which is an adapter folder too; merge that one first")
+    return absolute(base)
+
+
+def tokenizer_folder(path: str) -> str:
+    """Where the tokenizer of a model is: in its own folder, or in that of the base if an adapter folder has none."""
+    if (Path(path).expanduser() / "tokenizer_config.json").exists():
+        return path
+    return adapter_base(path) or path
+
+
+def absolute(path: str) -> str:
+    """A folder's name from anywhere; a hub name as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if path and folder.exists() else path

@@ -1,0 +1,267 @@
+"""Load a model so that no process ever holds all of it: each reads its own slices of the safetensors files.
+
+The model is built without memory (on the meta device), split, given memory for its slices, and filled. Where the files
+cannot be read in slices (old formats, weights that have to be converted or merged, a new head, random weights), process
+0 loads the whole model into its host memory and hands out the slices.
+"""
+
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from remax_lightning.models.language_model import freeze
+from remax_lightning.models.lora import LoRA, add_lora, initial_adapter
+from remax_lightning.models.parallelize import Sharding, shard, whole
+from remax_lightning.models.source import ModelSource
+
+Loader = Callable[..., PreTrainedModel]
+"""Loads the model of a source; with ``on_meta=True`` only its structure, on the meta device."""
+
+
+def load_sharded(
+    load: Loader,
+    source: ModelSource,
+    sharding: Sharding,
+    *,
+    key_mapping: dict[str, str] | None = None,
+    lora: LoRA | None = None,
+    frozen: bool = False,
+) -> PreTrainedModel:
+    """Load a model split over all processes; collective.
+
+    Args:
+        load: How it is loaded whole, or its structure alone.
+        source: The model.
+        sharding: How to split it.
+        key_mapping: Names of the files' tensors to replace, as in ``from_pretrained``.
+        lora: Adapters to add.
+        frozen: The model is not trained.
+
+    Returns:
+        The same weights as of ``load(source)``.
+
+    Raises:
+        ValueError: If the source is to be quantized, which cannot be split.
+    """
+    if source.quantization is not None:
+        raise ValueError(
+            f"quantization={source.quantization} does not work under fsdp2, which cannot split bitsandbytes' weights; "
+            "set it to null, or train on one GPU or with trainer.strategy ddp"
+        )
+    base = load(source, on_meta=True)
+    keys = stored_keys(base, source, key_mapping)
+    model = base if lora is None else cast(PreTrainedModel, add_lora(base, lora))
+    shard(model, sharding, frozen=frozen)
+    allocate(model, base, sharding, frozen=frozen)
+    stored = {name: value for name, value in model.named_parameters() if not is_adapter(name)}
+    if keys is not None and len({base_name(name) for name in stored}) == len(stored):
+        slices = {keys[base_name(name)]: value.detach() for name, value in stored.items()}
+        dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(weights_folder(source))))
+    else:
+        hand_out(whole_state(load, source), model)
+    for name, value in model.named_parameters():
+        if is_adapter(name):
+            copy_slice(initial_adapter(name, value.shape, 0), value)
+    return model
+
+
+def structure(load: Loader, source: ModelSource, lora: LoRA | None) -> PreTrainedModel:
+    """A model on the meta device, with its adapters."""
+    base = load(source, on_meta=True)
+    return base if lora is None else cast(PreTrainedModel, add_lora(base, lora))
+
+
+def allocate(model: nn.Module, base: PreTrainedModel, sharding: Sharding, *, frozen: bool) -> None:
+    """Give memory to a split model from the meta device, and their values to the buffers that are in no file.
+
+    Raises:
+        RuntimeError: If a buffer has no known value.
+    """
+    is_on_host = frozen and sharding.offload_frozen
+    model.to_empty(device="cpu" if is_on_host else sharding.device)
+    for name, buffer in list(model.named_buffers()):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        empty = torch.full_like(buffer, float("nan") if buffer.is_floating_point() else 0, device=sharding.device)
+        owner._buffers[name.rpartition(".")[2]] = empty
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined] # transformers then leaves it as it is
+    for module in base.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    base.initialize_weights()
+    base.tie_weights()
+    for name, buffer in model.named_buffers():
+        if bool(buffer.isnan().any()):
+            raise RuntimeError(
+                f"the buffer {name} of {type(base).__name__} is in no file and transformers does not say how to make "
+                "it, so this architecture cannot be split; train it under ddp"
+            )
+
+
+def stored_keys(
+    model: PreTrainedModel, source: ModelSource, key_mapping: dict[str, str] | None
+) -> dict[str, str] | None:
+    """Where each parameter of a model is found in the safetensors files of its source.
+
+    Returns:
+        Names in the files by name in the model; None if the files do not hold the parameters as they are.
+    """
+    folder = weights_folder(source)
+    if folder is None:
+        return None
+    transforms = get_model_conversion_mapping(model, key_mapping)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    state = model.state_dict()
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is no dict)
+                name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+                if converted is not None:
+                    return None
+                if name in state and list(state[name].shape) == tensors.get_slice(key).get_shape():
+                    found[name] = key
+    parameters = {name for name, _ in model.named_parameters()}
+    has_buffers = any(name in state for name, _ in model.named_buffers())
+    return found if parameters <= set(found) and not has_buffers else None
+
+
+def weights_folder(source: ModelSource) -> Path | None:
+    """The local folder with the safetensors files of a source; None if it has none."""
+    if not source.has_weights:
+        return None
+    assert source.path is not None
+    folder = Path(source.path).expanduser()
+    if not folder.exists():
+        # some repositories hold the weights a second time, in another format and under another name
+        folder = Path(snapshot_download(source.path, allow_patterns=["model*.safetensors"]))
+    return folder if any(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").exists() else None
+
+
+def whole_state(load: Loader, source: ModelSource) -> dict[str, Tensor] | None:
+    """The values of a whole model in process 0, None in the others; what is raised there is raised by all."""
+    state, failure = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            state = load(source).state_dict()
+        except (OSError, ValueError, RuntimeError) as error:
+            failure = [error]  # type: ignore[list-item]
+    dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+    return state
+
+
+def hand_out(state: dict[str, Tensor] | None, model: nn.Module) -> None:
+    """Fill a split model with the values that process 0 has, one after the other.
+
+    Args:
+        state: The whole model's, in process 0; None in the others.
+        model: The split model, with or without adapters.
+    """
+    for name, value in model.named_parameters():
+        if not is_adapter(name):
+            assert isinstance(value, DTensor)
+            device = value.device_mesh.device_type
+            full = torch.empty(value.shape) if state is None else state[base_name(name)]
+            copy_slice(full.to(device, value.dtype), value, from_process_0=True)
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            if state is not None:
+                buffer.copy_(state[base_name(name)])
+            dist.broadcast(buffer, src=0)
+
+
+def split_copy(model: PreTrainedModel, load: Loader, source: ModelSource, sharding: Sharding) -> PreTrainedModel:
+    """A copy of a split model that is never trained, in the type that is computed in.
+
+    Args:
+        model: The model.
+        load: How its structure is loaded.
+        source: Where from.
+        sharding: How it is split.
+    """
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if sharding.compute_dtype == torch.bfloat16 else "float32"
+    copy = load(replace(source, dtype=dtype), on_meta=True)
+    shard(copy, sharding, frozen=True)
+    allocate(copy, copy, sharding, frozen=True)
+    with torch.no_grad():
+        for target, value in zip(copy.parameters(), model.parameters(), strict=True):
+            assert isinstance(target, DTensor)
+            assert isinstance(value, DTensor)
+            target.to_local().copy_(value.to_local())
+        for buffer, original in zip(copy.buffers(), model.buffers(), strict=True):
+            buffer.copy_(original)
+    return freeze(copy)
+
+
+def whole_copy(model: nn.Module, structure: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
+    """A split model put together in the host memory of process 0; collective.
+
+    Args:
+        model: The split model.
+        structure: Builds the same model on the meta device.
+
+    Returns:
+        The copy in process 0, None in the others.
+    """
+    copy = structure().to_empty(device="cpu") if dist.get_rank() == 0 else None
+    for part in (nn.Module.named_parameters, nn.Module.named_buffers):
+        targets = {} if copy is None else dict(part(copy, remove_duplicate=False))
+        for name, value in part(model):
+            full = whole(value.detach())
+            if copy is not None:
+                targets[name].data.copy_(full)
+    if copy is not None:
+        copy.tie_weights()
+    return copy
+
+
+def copy_slice(full: Tensor, target: Tensor, *, from_process_0: bool = False) -> None:
+    """Copy this process's slice of a whole tensor.
+
+    Args:
+        full: The whole tensor; only its shape and type matter where it comes from process 0.
+        target: A split parameter.
+        from_process_0: Take the values of process 0; collective. Otherwise each process takes its own.
+    """
+    assert isinstance(target, DTensor)
+    source_rank = 0 if from_process_0 else None
+    own = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=source_rank)
+    with torch.no_grad():
+        target.to_local().copy_(own.to_local())
+
+
+def peak_host_memory() -> list[float]:
+    """The most host memory that each process has had so far, GiB; collective."""
+    peaks = [0.0] * dist.get_world_size()
+    dist.all_gather_object(peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    return peaks
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is one of an adapter, by its name."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def base_name(name: str) -> str:
+    """The name of a parameter in the model without adapters."""
+    plain = name.removeprefix("base_model.model.")
+    for part in (".base_layer.", ".original_module.", ".modules_to_save.default."):
+        plain = plain.replace(part, ".")
+    return plain

@@ -1,0 +1,47 @@
+"""The optimizers that the modules use unless told otherwise: AdamW, in torch's fused kernel where it can be.
+
+The defaults are functions with a name, not lambdas, so that a printed or saved configuration can be read again.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW
+
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+
+def adamw(params: Parameters, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> AdamW:
+    """AdamW, in one fused kernel if all parameters are on a GPU, sharded ones too; elsewhere as torch chooses.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate at its peak.
+        weight_decay: Times the learning rate, the part of a weight that each step takes off.
+        betas: Decay of the means of the gradient and of its square; the default is that of the official ReMax scripts.
+    """
+    groups: list[Any] = list(params)
+    # torch never chooses the fused kernel itself; on a CPU it would change the last bits of the results
+    return AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True if can_be_fused(groups) else None)
+
+
+def can_be_fused(params: Iterable[Any]) -> bool:
+    """True if all parameters, or those of all groups, are floating-point numbers on a GPU."""
+    parameters = [p for each in params for p in (each["params"] if isinstance(each, dict) else [each])]
+    return all(parameter.device.type == "cuda" and parameter.is_floating_point() for parameter in parameters)
+
+
+def policy_gradient_adamw(params: Parameters) -> AdamW:
+    """AdamW as in the official ReMax scripts: a rate of 1e-6 and a weight decay of 0.1."""
+    return adamw(params, lr=1e-6, weight_decay=0.1)
+
+
+def sft_adamw(params: Parameters) -> AdamW:
+    """AdamW for supervised fine-tuning: a rate of 1e-5 and no weight decay."""
+    return adamw(params, lr=1e-5, weight_decay=0.0)
+
+
+def reward_model_adamw(params: Parameters) -> AdamW:
+    """AdamW for a reward model: a rate of 1e-5 and a weight decay of 0.1."""
+    return adamw(params, lr=1e-5, weight_decay=0.1)

@@ -1,0 +1,151 @@
+"""Training on several devices: fully sharded data parallelism (FSDP2) as a strategy of Lightning's trainer."""
+
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
+from remax_lightning.models.optimizer_state import named, numbered
+from remax_lightning.models.parallelize import Sharding
+from remax_lightning.modules.base import TrainableModule
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Splits parameters, gradients and optimizer states over all processes; ``--trainer.strategy fsdp2`` for short.
+
+    The policy, the reference and the reward model are split block by block. What is trained is kept in float32 and
+    gradients are reduced in float32, whatever the compute type, so leave ``--trainer.precision`` at 32-true.
+
+    Args:
+        compute_dtype: Type of the gathered parameters and of activations.
+        replicas: Groups of processes that hold all parameters each; gradients are averaged over the groups. With one
+            group for each machine, parameters are gathered inside of machines and only gradients cross between them.
+        offload_frozen: Keep the reference and the reward model in host memory while they are not used; needs a GPU.
+        sync_every_micro_batch: Reduce and split gradients after each micro-batch, not once a step: more communication,
+            and no process ever holds all gradients.
+        save_sharded: A checkpoint is a folder into which each process writes its part; if false, process 0 gathers
+            everything in its host memory and writes one file.
+        timeout_minutes: How long a process waits for the others before it gives up: longer than a rollout takes.
+
+    Raises:
+        ValueError: If ``replicas`` is below 1 or the timeout is not positive.
+    """
+
+    def __init__(
+        self,
+        compute_dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        replicas: int = 1,
+        offload_frozen: bool = False,
+        sync_every_micro_batch: bool = False,
+        save_sharded: bool = True,
+        timeout_minutes: float = 60.0,
+    ) -> None:
+        if replicas < 1:
+            raise ValueError(f"replicas must be at least 1, one copy of the parameters, got {replicas}")
+        if not timeout_minutes > 0:
+            raise ValueError(f"timeout_minutes must be positive, got {timeout_minutes}")
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_sharded,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        self.compute_dtype, self.replicas = DTYPES[compute_dtype], replicas
+        self.offload_frozen, self.sync_every_micro_batch = offload_frozen, sync_every_micro_batch
+
+    def setup_environment(self) -> None:
+        """Start the processes' communication and tell the module how to split its models.
+
+        Raises:
+            ValueError: If the processes cannot be split into as many groups, or host memory is asked for on a CPU.
+        """
+        # a model's output is never changed in place here
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+        if self.world_size % self.replicas:
+            raise ValueError(
+                f"replicas must divide the number of processes, {self.world_size}, got replicas={self.replicas}"
+            )
+        if self.offload_frozen and self.root_device.type == "cpu":
+            raise ValueError("offload_frozen moves frozen models from a GPU to host memory; on a CPU set it to false")
+        assert isinstance(self.lightning_module, TrainableModule)
+        self.lightning_module.sharding = Sharding(
+            mesh=self._sharding_mesh(),
+            device=self.root_device,
+            compute_dtype=self.compute_dtype,
+            offload_frozen=self.offload_frozen,
+            sync_every_micro_batch=self.sync_every_micro_batch,
+        )
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of an optimizer: this process's part by parameter names, or in process 0 all of it as torch has it."""
+        raw = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        is_whole = not self._save_distributed_checkpoint
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=is_whole, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, raw, options=options)
+        return numbered(state) if is_whole and self.is_global_zero else state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, each process its part, or process 0 all of it."""
+        path = self.broadcast(filepath)
+        if self._save_distributed_checkpoint:
+            self._safe_io.save_split(checkpoint, path)
+        elif self.is_global_zero:
+            self._safe_io.save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of any number of processes into the model and its optimizers."""
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None
+        assert self.lightning_module is not None
+        options = StateDictOptions(strict=self.lightning_module.strict_loading)
+        if path.is_dir():
+            checkpoint = self._safe_io.describe(path)
+            states: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
+            for number, optimizer in enumerate(self.optimizers):
+                states[f"optimizer_{number}"] = get_optimizer_state_dict(self.model, optimizer)
+            dcp.load(states, checkpoint_id=path)
+        else:
+            checkpoint = self._safe_io.load_checkpoint(path)
+            options.full_state_dict = True
+            states = {"state_dict": checkpoint["state_dict"]}
+            names = {id(value): name for name, value in self.lightning_module.named_parameters()}
+            for number, optimizer in enumerate(self.optimizers):
+                groups = [[names[id(value)] for value in group["params"]] for group in optimizer.param_groups]
+                states[f"optimizer_{number}"] = named(checkpoint["optimizer_states"][number], groups)
+        set_model_state_dict(self.model, states.pop("state_dict"), options=options)
+        for optimizer, state in zip(self.optimizers, states.values(), strict=True):
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        return checkpoint
+
+    @property
+    def _safe_io(self) -> SafeCheckpointIO:
+        io = self.checkpoint_io
+        return io if isinstance(io, SafeCheckpointIO) else SafeCheckpointIO()
+
+    def _sharding_mesh(self) -> DeviceMesh:
+        device_type, group = self.root_device.type, self.world_size // self.replicas
+        if self.replicas == 1:
+            return init_device_mesh(device_type, (group,), mesh_dim_names=("shard",))
+        return init_device_mesh(device_type, (self.replicas, group), mesh_dim_names=("replicate", "shard"))
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallelism by FSDP2")

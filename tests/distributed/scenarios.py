@@ -1,0 +1,439 @@
+"""Runs of one process and of two, each with the same global batch, whose results are compared.
+
+``python -m torch.distributed.run --nproc_per_node=2 scenarios.py FOLDER`` runs them all and leaves what each process
+found as ``result<rank>.pt``.
+"""
+
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import reward_functions  # noqa: F401 (found by its name)
+import tiny
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from remax_lightning.callbacks import Checkpoint, HFExport, SelfCheck
+from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
+from remax_lightning.models.language_model import load_language_model
+from remax_lightning.models.lora import LoRA
+from remax_lightning.models.parallelize import Sharding, blocks, gathered, sharded_units, whole
+from remax_lightning.models.scalar_model import load_reward_model
+from remax_lightning.models.sharded_loading import load_sharded, stored_keys
+from remax_lightning.models.source import ModelSource
+from remax_lightning.modules import SFT, ReMax, RewardModel
+from remax_lightning.modules.base import TrainableModule
+from remax_lightning.rewards import FunctionReward, ModelReward
+from remax_lightning.rollout import Rollout, Sampling
+from remax_lightning.strategies import FSDP2Strategy
+
+BATCH = 4
+STEPS = 10
+WORDS = ["Go", "Tell me more", "a", "What is it", "Sing.", "no", "Yes or no", "up"]
+UNSCORED = (2, 3)
+LOADED: dict[str, tuple[str, dict[str, object]]] = {
+    **{name: (name, {}) for name in ("llama", "gpt2", "opt", "qwen2", "mistral", "gemma2")},
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "scaled_rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}),
+}
+Results = dict[str, Any]
+
+
+class Watch(Callback):
+    """Metrics of every step, the rollouts, and how many micro-batches a process had."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.responses: list[dict[int, list[list[int]]]] = []
+        self.num_micro_batches: list[int] = []
+        self.num_scored: list[int] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if isinstance(pl_module, ReMax):
+            pl_module.collect = partial(self.collect, pl_module.collect)  # type: ignore[method-assign]
+        pl_module.micro_batches = partial(self.micro_batches, pl_module.micro_batches)
+
+    def collect(self, collect: Callable[..., Rollout], batch: dict[str, Any]) -> Rollout:
+        rollout = collect(batch)
+        rows = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+        size = len(rows) // len(batch["prompt_index"])
+        indices = batch["prompt_index"].tolist()
+        self.num_scored.append(int(rollout.rewards.isfinite().sum()))
+        self.responses.append({index: rows[n * size : (n + 1) * size] for n, index in enumerate(indices)})
+        return rollout
+
+    def micro_batches(self, split: Callable[[Tensor], list[Tensor]], lengths: Tensor) -> list[Tensor]:
+        parts = split(lengths)
+        self.num_micro_batches.append(len(parts))
+        return parts
+
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def trainer(
+    folder: Path, world: int, steps: int = STEPS, callbacks: Sequence[Callback] = (), **options: Any
+) -> Trainer:
+    """A quiet trainer of as many processes."""
+    strategy = {"compute_dtype": "float32", **options.pop("strategy", {})}
+    return Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=FSDP2Strategy(**strategy) if world > 1 else "auto",
+        max_steps=steps,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        **options,
+    )
+
+
+def remax(folder: Path, **options: Any) -> ReMax:
+    defaults: dict[str, Any] = {
+        "sampling": Sampling(max_new_tokens=10, num_samples=2),
+        "kl_coef": 0.2,
+        "micro_batch_size": 1,
+        "max_grad_norm": 5.0,
+        "optimizer": tiny.sgd(0.1),
+        "lr_schedule": "linear",
+    }
+    reward = options.pop("reward", ModelReward(str(folder / "reward_model")))
+    return tiny.remax(options.pop("policy", str(folder / "policy")), reward, **{**defaults, **options})
+
+
+def prompts(folder: Path, world: int, name: str = "prompts") -> PromptDataModule:
+    train, held_out = str(folder / f"{name}.jsonl"), str(folder / "held_out.jsonl")
+    return PromptDataModule(
+        train=train, validation=held_out, predict=held_out, batch_size=BATCH // world, eval_batch_size=2
+    )
+
+
+def weights(module: TrainableModule) -> dict[str, Tensor]:
+    """All parameters, whole."""
+    return {name: whole(value.detach()).clone() for name, value in module.trained_model.named_parameters()}
+
+
+def fit(module: TrainableModule, data: LightningDataModule, run: Path, world: int, **options: Any) -> Results:
+    """Train; metrics, rollouts, weights."""
+    watch = Watch()
+    options["callbacks"] = [watch, *options.pop("callbacks", ())]
+    resume_from = options.pop("resume_from", None)
+    own = trainer(run, world, **options)
+    own.fit(module, datamodule=data, ckpt_path=resume_from)
+    return {
+        "steps": watch.steps,
+        "responses": watch.responses,
+        "num_micro_batches": watch.num_micro_batches,
+        "num_scored": watch.num_scored,
+        "weights": weights(module),
+    }
+
+
+def full(folder: Path, world: int) -> Results:
+    return fit(remax(folder), prompts(folder, world), folder, world)
+
+
+def lora(folder: Path, world: int) -> Results:
+    return fit(remax(folder, lora=LoRA(rank=4)), prompts(folder, world), folder, world)
+
+
+def dropped(folder: Path, world: int) -> Results:
+    """One step has no usable row in one of two processes."""
+    reward = FunctionReward("reward_functions.with_gaps")
+    return fit(remax(folder, reward=reward), prompts(folder, world, "gaps"), folder, world)
+
+
+def uneven(folder: Path, world: int) -> Results:
+    """Without a KL penalty rows that equal the greedy response are left out; the rest is cut by tokens."""
+    module = remax(folder, kl_coef=0.0, micro_batch_size=None, micro_batch_tokens=24)
+    return fit(module, prompts(folder, world), folder, world)
+
+
+def recomputed(folder: Path, world: int) -> Results:
+    """Activation checkpointing, and gradients split after each micro-batch."""
+    module = remax(folder, activation_checkpointing=True)
+    return fit(module, prompts(folder, world), folder, world, strategy={"sync_every_micro_batch": True})
+
+
+def replicated(folder: Path, world: int) -> Results:
+    """Each process holds all parameters."""
+    return fit(remax(folder), prompts(folder, world), folder, world, strategy={"replicas": world})
+
+
+def tied(folder: Path, world: int) -> Results:
+    """Head and embeddings share a weight."""
+    return fit(remax(folder, policy=str(folder / "gpt2")), prompts(folder, world), folder, world)
+
+
+def half(folder: Path, world: int) -> Results:
+    """Computed in bfloat16, kept in float32."""
+    module = remax(folder)
+    found = fit(module, prompts(folder, world), folder, world, strategy={"compute_dtype": "bfloat16"}, steps=3)
+    assert module.reference is not None
+    found["dtypes"] = [
+        {str(value.dtype) for value in model.parameters()} for model in (module.policy, module.reference)
+    ]
+    return found
+
+
+def sft(folder: Path, world: int) -> Results:
+    module = SFT(
+        policy=ModelSource(path=str(folder / "policy")),
+        optimizer=tiny.sgd(0.1),
+        micro_batch_size=1,
+        lr_schedule="constant",
+    )
+    data = DemonstrationDataModule(train=str(folder / "demonstrations.jsonl"), batch_size=BATCH // world)
+    return fit(module, data, folder, world)
+
+
+def reward_model(folder: Path, world: int) -> Results:
+    module = RewardModel(
+        model=ModelSource(path=str(folder / "reward_model")),
+        optimizer=tiny.sgd(0.1),
+        micro_batch_size=1,
+        lr_schedule="constant",
+    )
+    data = PreferenceDataModule(train=str(folder / "preferences.jsonl"), batch_size=BATCH // world)
+    return fit(module, data, folder, world)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    """Its state matters, and no step of it is larger for a smaller gradient."""
+    return torch.optim.Adam(parameters, lr=1e-2, eps=1e-2)
+
+
+def saving(folder: Path, world: int, lora: LoRA | None = None, **options: Any) -> Results:
+    """Six steps with a checkpoint after the third, then evaluations, and the exported folder."""
+    run = folder / f"saving{world}{'_lora' if lora else ''}{'_file' if options else ''}"
+    module, data = remax(folder, optimizer=adam, lora=lora), prompts(folder, world)
+    callbacks = [Checkpoint(str(run / "checkpoints"), every_n_train_steps=3, save_top_k=-1), HFExport(), SelfCheck()]
+    found = fit(module, data, run, world, steps=6, callbacks=callbacks, **options)
+    own = trainer(run, world, **options)
+    found["validation"] = own.validate(module, datamodule=data, verbose=False)[0]
+    found["predictions"] = [row for batch in own.predict(module, datamodule=data) or [] for row in batch]
+    return found
+
+
+def resumed(folder: Path, world: int, checkpoint: Path, lora: LoRA | None = None) -> Results:
+    """From the checkpoint after the third step to the sixth."""
+    module, run = remax(folder, optimizer=adam, lora=lora), folder / "resumed"
+    return fit(module, prompts(folder, world), run, world, steps=6, resume_from=checkpoint, callbacks=[Checkpoint(run)])
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what processes exchange, by the operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(folder: Path, world: int) -> Results:
+    """What processes exchange while a rollout is collected, for two lengths of it, and how many units models have."""
+    found: Results = {}
+    for length in (4, 10):
+        module = remax(folder, sampling=Sampling(max_new_tokens=length))
+        collect, mode = module.collect, Collectives()
+
+        def counted(batch: Any, collect: Any = collect, mode: Any = mode) -> Rollout:
+            with mode:
+                return collect(batch)
+
+        module.collect = counted  # type: ignore[method-assign]
+        fit(module, prompts(folder, world), folder, world, steps=1)
+        models = (module.policy, module.reference, module.reward.model)  # type: ignore[attr-defined]
+        found["units"] = sum(len(sharded_units(model)) for model in models)
+        found[str(length)] = dict(mode.counts)
+    return found
+
+
+def sharding_of(world: int) -> Sharding:
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+    return Sharding(mesh=mesh, device=torch.device("cpu"), compute_dtype=torch.float32)
+
+
+def loading(folder: Path, world: int) -> Results:
+    """Models loaded in slices, or handed out, against the same ones loaded whole."""
+    sharding, found = sharding_of(world), {}
+    ids = torch.arange(2, 22).view(2, 10)
+    tokenizer = str(folder / "policy")
+    sources = {
+        path.name: ModelSource(path=str(path), tokenizer=tokenizer) for path in sorted((folder / "loaded").iterdir())
+    }
+    for name, source in sources.items():
+        expected = load_language_model(source).eval()
+        model = load_sharded(load_language_model, source, sharding).eval()
+        state = {key: whole(value.detach()) for key, value in model.named_parameters()}
+        with torch.no_grad(), gathered(model):
+            logits = model(input_ids=ids).logits
+            difference = (logits - expected(input_ids=ids).logits).abs().max()
+        found[name] = {
+            "is_sliced": stored_keys(load_language_model(source, on_meta=True), source, None) is not None,
+            "same_names": state.keys() == dict(expected.named_parameters()).keys(),
+            "equal": all(torch.equal(state[key], value) for key, value in expected.named_parameters()),
+            "difference": float(difference),
+            "stops": model.generation_config.eos_token_id == expected.generation_config.eos_token_id,
+        }
+    return found
+
+
+def broken(folder: Path, world: int) -> Results:
+    """What is left of a model whose use raised while it was gathered."""
+    model = load_sharded(load_language_model, ModelSource(path=str(folder / "policy")), sharding_of(world))
+    sizes = [value.to_local().numel() for value in model.parameters()]  # type: ignore[attr-defined]
+    try:
+        with gathered(model):
+            inside = [value.numel() for value in model.parameters()]
+            raise KeyError("in a rollout")
+    except KeyError:
+        pass
+    after = [value.to_local().numel() for value in model.parameters()]  # type: ignore[attr-defined]
+    mode = Collectives()
+    with torch.no_grad(), mode:
+        model(input_ids=torch.ones(1, 1, dtype=torch.long))
+        model(input_ids=torch.ones(1, 1, dtype=torch.long))
+    return {
+        "before": sizes,
+        "inside": inside,
+        "after": after,
+        "gathers": dict(mode.counts),
+        "blocks": len(blocks(model)),
+    }
+
+
+class SigtermToFirst(Callback):
+    """SIGTERM comes to process 0 in the second step's update."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated(folder: Path, world: int) -> Results:
+    """What is left of a run of which one process is told to end."""
+    run, module, data = folder / "terminated", remax(folder), prompts(folder, world)
+    own = trainer(run, world, callbacks=[Checkpoint(str(run), every_n_train_steps=5), SigtermToFirst()])
+    status = None
+    try:
+        own.fit(module, datamodule=data)
+    except SystemExit as end:
+        status = end.code
+    return {"status": status, "weights": weights(module), "files": sorted(path.name for path in run.iterdir())}
+
+
+def full_disk(folder: Path, world: int) -> Results:
+    """One process cannot write the second checkpoint."""
+    run, rank, message = folder / "full_disk", dist.get_rank(), ""
+    own = trainer(run, world, steps=2, callbacks=[Checkpoint(str(run), every_n_train_steps=1)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limit(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, *args: object) -> None:
+            if trainer.global_step == 1 and rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    own.callbacks.append(Limit())  # type: ignore[attr-defined]
+    try:
+        own.fit(remax(folder), datamodule=prompts(folder, world))
+    except OSError as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    dist.barrier()
+    return {"message": message, "files": sorted(path.name for path in run.iterdir())}
+
+
+def refused(folder: Path, world: int) -> Results:
+    """What the strategy says to what it cannot do."""
+    found = {}
+    for name, options in {
+        "replicas": {"strategy": {"replicas": 3}},
+        "offload": {"strategy": {"offload_frozen": True}},
+        "precision": {"precision": "bf16-mixed"},
+    }.items():
+        try:
+            trainer(folder, world, **options).fit(remax(folder), datamodule=prompts(folder, world))
+        except ValueError as error:
+            found[name] = str(error)
+    try:
+        load_sharded(
+            partial(load_reward_model, trained=True), ModelSource(path=str(folder / "policy")), sharding_of(world)
+        )
+    except ValueError as error:
+        found["head"] = str(error)
+    return found
+
+
+def make(folder: Path) -> None:
+    """Models and data of all scenarios."""
+    tiny.save_model(folder / "policy")
+    tiny.save_model(folder / "gpt2", "gpt2")
+    tiny.save_reward_model(folder / "reward_model")
+    for name, (model_type, options) in LOADED.items():
+        tiny.save_model(folder / "loaded" / name, model_type, **options)
+    shutil.copytree(folder / "loaded" / "llama", folder / "loaded" / "old_format")
+    old = folder / "loaded" / "old_format" / "model.safetensors"
+    torch.save(load_file(old), old.with_name("pytorch_model.bin"))
+    old.unlink()
+    load_language_model(ModelSource(path=str(folder / "policy"))).save_pretrained(
+        folder / "loaded" / "in_parts", max_shard_size="20KB"
+    )
+    tiny.tokenizer().save_pretrained(folder / "loaded" / "in_parts")
+    rows = [{"prompt": word, "gap": ""} for word in WORDS]
+    tiny.write_rows(folder / "prompts.jsonl", rows)
+    tiny.write_rows(folder / "held_out.jsonl", rows[:5])
+    gaps = [{**row, "gap": "nan" if number in UNSCORED else ""} for number, row in enumerate(rows)]
+    tiny.write_rows(folder / "gaps.jsonl", gaps)
+    tiny.write_rows(
+        folder / "demonstrations.jsonl", [{"prompt": "ab" * n, "response": " c" * (9 - n)} for n in range(1, 9)]
+    )
+    tiny.write_rows(
+        folder / "preferences.jsonl",
+        [{"prompt": "ab" * n, "chosen": "c" * (9 - n), "rejected": " d" * n} for n in range(1, 9)],
+    )
+
+
+BOTH = (full, lora, dropped, uneven, recomputed, replicated, tied, half, sft, reward_model, saving)
+
+
+def main(folder: Path) -> None:
+    """Run all scenarios in this process, one of two; one process alone has run its own before."""
+    found = {
+        scenario.__name__: scenario(folder, 2)
+        for scenario in (*BOTH, collectives, loading, broken, terminated, full_disk, refused)
+    }
+    adapters = LoRA(rank=4)
+    found["saving_lora"] = saving(folder, 2, adapters)
+    found["saving_file"] = saving(folder, 2, strategy={"save_sharded": False})
+    found["resumed"] = resumed(folder, 2, folder / "saving2" / "checkpoints" / "step=3.ckpt")
+    found["resumed_lora"] = resumed(folder, 2, folder / "saving2_lora" / "checkpoints" / "step=3.ckpt", adapters)
+    found["resumed_from_one"] = resumed(folder, 2, folder / "saving1" / "checkpoints" / "step=3.ckpt")
+    torch.save(found, folder / f"result{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,265 @@
+"""Two processes that split every model do what one process does; see scenarios.py for the runs."""
+
+import shutil
+import socket
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import tiny
+import torch
+import yaml
+from distributed import scenarios
+from processes import run_python
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from remax_lightning.callbacks.safe_checkpoint_io import fault, newest_complete, read_checkpoint, read_manifest
+from remax_lightning.cli import ExportingTrainer, main
+from remax_lightning.models import parallelize
+from remax_lightning.models.lora import LoRA
+from remax_lightning.strategies import FSDP2Strategy
+
+SECONDS = 240
+SAME = ["full", "lora", "dropped", "uneven", "recomputed", "replicated", "tied", "sft", "reward_model", "saving"]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fsdp2")
+    scenarios.make(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, Any]:
+    """Results of one process."""
+    return {scenario.__name__: scenario(folder, 1) for scenario in scenarios.BOTH}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results of each of two processes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    run_python([*launcher, scenarios.__file__, str(folder)], SECONDS)
+    return [torch.load(folder / f"result{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.timeout(2 * SECONDS)
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_training(name: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    expected = one[name]
+    for actual in (each[name] for each in two):
+        assert len(actual["steps"]) == len(expected["steps"]) >= 6
+        tiny.assert_close(actual["weights"], expected["weights"], atol=1e-6, rtol=0)
+        for ours, theirs in zip(actual["steps"], expected["steps"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for metric in theirs:
+                if not metric.startswith(("time/", "train/tokens_per_second")):
+                    assert ours[metric] == pytest.approx(theirs[metric], abs=1e-5), metric
+            assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], abs=1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "dropped", "uneven", "tied"])
+def test_the_same_rollouts(name: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    split = zip(two[0][name]["responses"], two[1][name]["responses"], strict=True)
+    assert [{**first, **second} for first, second in split] == one[name]["responses"]
+    assert any(len(first) for first in one[name]["responses"])
+
+
+def test_the_scenarios_are_what_they_say(folder: Path, two: list[dict[str, Any]]) -> None:
+    first, second = two
+    lengths = [{len(ids) for row in step.values() for ids in row} for step in first["full"]["responses"]]
+    assert any(len(each) > 1 for each in lengths)
+    assert any(
+        min(pair) == 0 < max(pair) for pair in zip(*(each["dropped"]["num_scored"] for each in two), strict=True)
+    )
+    assert first["uneven"]["num_micro_batches"] != second["uneven"]["num_micro_batches"]
+    start = dict(AutoModelForCausalLM.from_pretrained(folder / "policy").named_parameters())
+    assert tiny.norm(tiny.difference(start, first["full"]["weights"])) > 0.01
+
+
+def test_bfloat16_is_computed_with_and_float32_kept(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    half = two[0]["half"]
+    assert half["dtypes"] == [{"torch.float32"}, {"torch.bfloat16"}]
+    drift = [step["train/log_prob_drift"] for step in half["steps"]]
+    assert 1e-5 < drift[0] < 0.3
+    assert {value.dtype for value in half["weights"].values()} == {torch.float32}
+    assert not tiny.are_equal(half["weights"], one["half"]["weights"])
+
+
+def test_a_rollout_gathers_each_unit_once_whatever_its_length(two: list[dict[str, Any]]) -> None:
+    for found in (each["collectives"] for each in two):
+        assert found["4"] == found["10"] == {"_allgather_base_": found["units"]}
+
+
+@pytest.mark.parametrize("name", [*scenarios.LOADED, "in_parts", "old_format"])
+def test_a_model_is_loaded_as_from_pretrained_does(name: str, two: list[dict[str, Any]]) -> None:
+    for found in (each["loading"][name] for each in two):
+        expected = {"is_sliced": name != "old_format", "same_names": True, "equal": True, "stops": True}
+        assert found == {**expected, "difference": 0.0}
+
+
+def test_a_model_is_split_again_when_something_raises(two: list[dict[str, Any]]) -> None:
+    both = [each["broken"] for each in two]
+    for found in both:
+        assert found["before"] == found["after"]
+        # each block twice, what is outside of them once, as it stays gathered until a backward pass
+        assert found["gathers"] == {"_allgather_base_": 2 * found["blocks"] + 1}
+    assert [sum(sizes) for sizes in zip(both[0]["before"], both[1]["before"], strict=True)] == both[0]["inside"]
+
+
+def test_evaluation_is_the_same(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert found["saving"]["validation"] == pytest.approx(one["saving"]["validation"], abs=1e-5)
+    rows = [row for found in two for row in found["saving"]["predictions"]]
+    assert sorted(map(str, rows)) == sorted(map(str, one["saving"]["predictions"]))
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize("name", ["", "_lora"])
+def test_a_resumed_run_is_bitwise_the_same(name: str, two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert tiny.are_equal(found[f"resumed{name}"]["weights"], found[f"saving{name}"]["weights"])
+        assert len(found[f"resumed{name}"]["steps"]) == 3
+
+
+@pytest.mark.parametrize("name", ["", "_lora", "_file"])
+def test_one_process_goes_on_from_two(name: str, folder: Path, two: list[dict[str, Any]]) -> None:
+    path = folder / f"saving2{name}" / "checkpoints" / "step=3.ckpt"
+    assert path.is_dir() == (name != "_file")
+    found = scenarios.resumed(folder, 1, path, LoRA(rank=4) if name == "_lora" else None)
+    tiny.assert_close(found["weights"], two[0][f"saving{name}"]["weights"], atol=1e-6, rtol=0)
+
+
+def test_two_processes_go_on_from_one(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    tiny.assert_close(two[0]["resumed_from_one"]["weights"], one["saving"]["weights"], atol=1e-6, rtol=0)
+
+
+def test_a_checkpoint_has_what_is_trained(folder: Path, two: list[dict[str, Any]]) -> None:
+    whole, adapters = (
+        read_checkpoint(folder / f"saving2{name}" / "checkpoints" / "step=6.ckpt") for name in ("", "_lora")
+    )
+    for checkpoint in (whole, adapters):
+        (optimizer,) = checkpoint["optimizer_states"]
+        assert len(optimizer["state"]) == len(checkpoint["state_dict"])
+    assert {name.removeprefix("policy.") for name in whole["state_dict"]} == two[0]["saving"]["weights"].keys()
+    assert {".lora_" in name for name in adapters["state_dict"]} == {True}
+
+
+def test_the_exported_model_is_the_live_one(folder: Path, two: list[dict[str, Any]]) -> None:
+    live, exported = two[0]["saving"]["weights"], load_file(folder / "saving2" / "hf" / "model.safetensors")
+    assert tiny.are_equal(exported, {name: live[name] for name in exported})
+    assert type(AutoModelForCausalLM.from_pretrained(folder / "saving2" / "hf")).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("name", ["", "_lora"])
+def test_a_folder_is_exported_as_the_live_model_was(name: str, folder: Path, two: list[dict[str, Any]]) -> None:
+    module = scenarios.remax(folder, lora=LoRA(rank=4) if name else None)
+    trainer = ExportingTrainer(accelerator="cpu", devices=1, logger=False)
+    trainer.export(
+        module, str(folder / f"saving2{name}" / "checkpoints" / "step=6.ckpt"), str(folder / f"export{name}")
+    )
+    live, exported = (
+        load_file(path / "model.safetensors") for path in (folder / f"saving2{name}" / "hf", folder / f"export{name}")
+    )
+    assert tiny.are_equal(exported, live)
+
+
+def test_sigterm_to_one_process_saves_the_step_in_all(
+    one: dict[str, Any], folder: Path, two: list[dict[str, Any]]
+) -> None:
+    for found in (each["terminated"] for each in two):
+        assert found["status"] == 143
+        assert found["files"] == ["step=2.ckpt", "step=2.ckpt.json"]
+    saved = read_checkpoint(folder / "terminated" / "step=2.ckpt")["state_dict"]
+    live = two[0]["terminated"]["weights"]
+    assert tiny.are_equal({name.removeprefix("policy."): value for name, value in saved.items()}, live)
+
+
+def test_a_save_that_fails_in_one_process_fails_in_all(two: list[dict[str, Any]]) -> None:
+    for found in (each["full_disk"] for each in two):
+        assert "step=2.ckpt could not be written" in found["message"]
+        assert "make room" in found["message"]
+        assert found["files"] == ["step=1.ckpt", "step=1.ckpt.json"]
+
+
+def test_what_cannot_work_is_refused_by_all(two: list[dict[str, Any]]) -> None:
+    for found in (each["refused"] for each in two):
+        assert "replicas must divide the number of processes, 2, got replicas=3" in found["replicas"]
+        assert "on a CPU set it to false" in found["offload"]
+        assert "trainer.precision must be 32-true" in found["precision"]
+        assert "is no trained reward model: it lacks ['score.weight']" in found["head"]
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed", "deepspeed_stage_3_offload"])
+def test_other_strategies_are_refused(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "model": {"class_path": "SFT", "init_args": {"policy": {"path": str(folder / "policy")}}},
+        "data": {"class_path": "DemonstrationDataModule", "init_args": {"train": str(folder / "demonstrations.jsonl")}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(tmp_path / "config.yaml"), "--trainer.strategy", name])
+    assert f"trainer.strategy must be auto, ddp or fsdp2, got {name}; to split a model" in capsys.readouterr().err
+
+
+def test_a_strategy_given_as_an_object_is_refused_too(folder: Path) -> None:
+    module = scenarios.remax(folder)
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(), precision="32-true")
+    with pytest.raises(ValueError, match="must be auto, ddp or fsdp2, got SimpleNamespace; to split a model"):
+        module.setup("fit")
+
+
+def test_only_frozen_models_are_offloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(parallelize, "fully_shard", lambda module, **options: calls.append(options))
+    model = tiny.language_model()
+    sharding = parallelize.Sharding(
+        mesh=cast(Any, None), device=torch.device("cpu"), compute_dtype=torch.bfloat16, offload_frozen=True
+    )
+    parallelize.shard(model, sharding)
+    assert [type(call["offload_policy"]).__name__ for call in calls] == ["OffloadPolicy"] * 3
+    parallelize.shard(model, sharding, frozen=True)
+    assert [type(call["offload_policy"]).__name__ for call in calls[3:]] == ["CPUOffloadPolicy"] * 3
+    assert {call["mp_policy"].reduce_dtype for call in calls} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"replicas": 0}, "replicas must be at least 1"), ({"timeout_minutes": 0}, "timeout_minutes must be positive")],
+)
+def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FSDP2Strategy(**options)
+
+
+def test_the_timeout_arrives() -> None:
+    assert FSDP2Strategy(timeout_minutes=90)._timeout == timedelta(minutes=90)
+
+
+def test_a_damaged_folder_is_passed_over(folder: Path, tmp_path: Path, two: list[dict[str, Any]]) -> None:
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(folder / "saving2" / "checkpoints", copy)
+    assert newest_complete(copy) == copy / "step=6.ckpt"
+    part = copy / "step=6.ckpt" / "__1_0.distcp"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    manifest = read_manifest(copy / "step=6.ckpt")
+    assert manifest is not None
+    assert fault(copy / "step=6.ckpt", manifest) == "its content is not what was written"
+    with pytest.warns(UserWarning, match=r"step=6.ckpt is skipped"):
+        assert newest_complete(copy) == copy / "step=3.ckpt"
+    part.unlink()
+    assert "bytes, not the" in str(fault(copy / "step=6.ckpt", manifest))
