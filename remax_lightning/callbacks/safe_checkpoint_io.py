@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -256,6 +257,11 @@ def _read(path: str | Path, read: Callable[[str | Path], dict[str, Any]]) -> dic
         raise
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
+        if (unknown := re.search(r"Unsupported global: GLOBAL (\S+)", str(error))) is not None:
+            raise UnusableCheckpoint(
+                f"the checkpoint {path} holds a {unknown[1]}, whose package this run does not import; if it is of an "
+                "optimizer, configure that optimizer as the run did that wrote it"
+            ) from error
         raise UnusableCheckpoint(
             f"the checkpoint {path} cannot be read as tensors and plain types ({reason}); it is corrupt or not a "
             "checkpoint of this project: give another one, or last for the newest"

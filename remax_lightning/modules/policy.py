@@ -39,6 +39,12 @@ class PolicyModule(TrainableModule):
         """The policy."""
         return self.policy
 
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be right."""
+        super().setup(stage)
+        if self.sharding is not None and isinstance(self.engine, TransformersEngine) and self.engine.compile:
+            raise ValueError("engine.compile does not work under fsdp2, whose weights move; set it to false")
+
     def configure_model(self) -> None:
         """Load or build the policy, once."""
         if "policy" not in self._modules:

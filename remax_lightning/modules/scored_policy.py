@@ -187,7 +187,8 @@ class ScoredPolicyModule(PolicyModule):
     def _rows_of_reference(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         prompts = zip(batch["prompt_index"].tolist(), batch["prompt_ids"], batch["prompt_mask"], strict=True)
         keys = [(index, *ids[mask].tolist()) for index, ids, mask in prompts]
-        if not all(key in self._reference_rows for key in keys):
+        are_known = all(key in self._reference_rows for key in keys)
+        if not self.trainer.strategy.reduce_boolean_decision(are_known, all=True):
             with self.as_reference() as reference:
                 self._reference_rows.update(zip(keys, self.scored_rows(reference, batch), strict=True))
         return [self._reference_rows[key] for key in keys]

@@ -87,11 +87,11 @@ class ModelReward(Reward):
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> Tensor:
         """Score each response, on the device of the model."""
-        rows = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        # rows of like length are scored together, so that little is computed on padding
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        rewards = torch.empty(len(rows), device=self.device)
-        with gathered(self.model):
+        rewards = torch.empty(len(responses), device=self.device)
+        with gathered(self.model):  # first, as all processes have to come here, whatever fails then
+            rows = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+            # rows of like length are scored together, so that little is computed on padding
+            order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
             for start in range(0, len(rows), self.batch_size):
                 index = order[start : start + self.batch_size]
                 ids, mask = right_pad([rows[row] for row in index], self.tokenizer.pad_token_id)
