@@ -35,6 +35,7 @@ def load_reward_model(
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
     config = source.load_config(num_labels=1) if label is None else source.load_config()
+    config.use_cache = False  # nothing is decoded; keys and values of all layers would be kept
     if label is not None and label not in range(config.num_labels or 0):
         raise ValueError(f"label must be one of the {config.num_labels} of {source.path}, from 0, got {label}")
     if on_meta or not source.has_weights:

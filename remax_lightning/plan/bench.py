@@ -64,7 +64,7 @@ class Bench:
         if not layout.is_split:
             return self.kept(body)
         dtype = torch.bfloat16 if layout.itemsize == 2 else torch.float32
-        return self._once(("computing", body, dtype), lambda: body.build().to(dtype))
+        return self._once(("computing", body, dtype), lambda: cast(nn.Module, body.build()).to(dtype))
 
     def weights(self, body: Body, optimizer: Optimizer, layout: Layout) -> Weights:
         """What a trained model takes on one GPU."""

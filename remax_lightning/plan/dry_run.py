@@ -62,12 +62,13 @@ class Ledger(TorchDispatchMode):
     Attributes:
         live: Bytes of the tensors that exist now.
         peak: The most bytes that existed at once.
+        added: Those of them that were added by hand.
     """
 
     def __init__(self, is_padded: bool = False) -> None:
         super().__init__()
         self.is_padded, self.is_paused = is_padded, False
-        self.live = self.peak = 0
+        self.live = self.peak = self.added = 0
         self._known: dict[int, Any] = {}
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
@@ -107,6 +108,14 @@ class Ledger(TorchDispatchMode):
             self.live -= size
 
         self._known[key] = weakref.ref(storage, forget)
+        self._count(size)
+
+    def add(self, size: int) -> None:
+        """Count so many bytes from here on."""
+        self.added += size
+        self._count(size)
+
+    def _count(self, size: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
 
@@ -179,20 +188,26 @@ def attention(
 
 
 @contextmanager
-def dry_run(model: nn.Module, *, autocast: bool, is_padded: bool) -> Iterator[tuple[Ledger, Accelerator]]:
-    """Inside the context the memory of what a model on the meta device computes is counted.
-
-    Its parameters are not, and their gradients vanish as soon as they are there.
+def dry_run(
+    model: nn.Module, *, autocast: bool, is_padded: bool, gradient_size: float = 0.0
+) -> Iterator[tuple[Ledger, Accelerator]]:
+    """Inside the context the memory of what a model on the meta device computes is counted; its parameters are not.
 
     Args:
         model: The model.
         autocast: Whether to compute under bfloat16 autocast.
         is_padded: Whether the masks that the model is given have padding in them.
+        gradient_size: Bytes that are kept of each number in the gradient of a parameter, once it is there.
     """
     ledger = Ledger(is_padded)
     ledger.leave_out([*model.parameters(), *model.buffers()])
+
+    def keep(parameter: Tensor) -> None:
+        parameter.grad = None
+        ledger.add(int(gradient_size * parameter.numel()))
+
     hooks = [
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        parameter.register_post_accumulate_grad_hook(keep)
         for parameter in model.parameters()
         if parameter.requires_grad
     ]
@@ -206,7 +221,3 @@ def dry_run(model: nn.Module, *, autocast: bool, is_padded: bool) -> Iterator[tu
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None

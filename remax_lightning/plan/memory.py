@@ -1,14 +1,14 @@
-"""The arithmetic of a plan: terms, moments and phases, and the head, whose memory does not depend on a model's layers."""
+"""The arithmetic of a plan: terms, moments and phases, and the head, whose memory no layer has a part in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 GIB = 2**30
 TERMS = (
-    "weights",
+    "master weights",
     "gradients",
-    "optimizer",
-    "gathered weights",
+    "optimizer states",
+    "compute copy",
     "reference",
     "reward model",
     "value model",
@@ -157,7 +157,9 @@ class Head:
         return self._inputs(tokens) + logits + hidden + wide * (2 if self.itemsize < 4 else 1)
 
     def _inputs(self, tokens: int) -> int:
-        copies = 0 if self.input_itemsize == self.itemsize else (tokens * self.hidden_size + self.weight) * self.itemsize
+        copies = (
+            0 if self.input_itemsize == self.itemsize else (tokens * self.hidden_size + self.weight) * self.itemsize
+        )
         return tokens * self.hidden_size * self.input_itemsize + copies
 
     def _gradients(self, tokens: int) -> int:

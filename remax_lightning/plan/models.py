@@ -1,7 +1,6 @@
 """Models without weights: their architecture, and the bytes that their parameters and optimizer take on one GPU."""
 
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +119,8 @@ def build(source: ModelSource, name: str, *, scalar: bool = False, label: int | 
     """
     labels = {"num_labels": 1} if scalar and label is None else {}
     config = load_config(source, name, **labels)
+    if scalar:
+        config.use_cache = False
     options: dict[str, Any] = {"dtype": source.torch_dtype}
     if source.attn_implementation == "eager":
         options["attn_implementation"] = "eager"
@@ -205,8 +206,3 @@ def _shard(parameter: nn.Parameter, shards: int) -> nn.Parameter:
         return parameter
     shape = (-(-parameter.shape[0] // shards), *parameter.shape[1:])
     return nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"))
-
-
-def signature(source: ModelSource) -> str:
-    """Two sources with the same one have the same architecture."""
-    return json.dumps([source.path, source.architecture, source.config, source.tiny, source.dtype], default=str)

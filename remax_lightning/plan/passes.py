@@ -46,7 +46,7 @@ def _apart_from_head(head: nn.Linear | None) -> Iterator[None]:
 
 
 def language_model_training(
-    model: PreTrainedModel, rows: int, length: int, num_kept: int, *, autocast: bool = False
+    model: PreTrainedModel, rows: int, length: int, num_kept: int, gradient_size: float = 0.0, *, autocast: bool = False
 ) -> Usage:
     """Forward and backward pass of full-length rows as in :func:`remax_lightning.models.next_token.policy_gradient_of`.
 
@@ -57,10 +57,13 @@ def language_model_training(
         rows: Sequences, B.
         length: Tokens in each, L.
         num_kept: Last positions of each row that are learned from.
+        gradient_size: Bytes that are kept of each number in the parameters' gradients, if they come in this pass; their
+            sum is left out of what it takes, but not when it takes it.
         autocast: Whether bfloat16 autocast is on.
     """
     head = plain_head(model)
-    with dry_run(model, autocast=autocast, is_padded=False) as (ledger, accelerator):
+    context = dry_run(model, autocast=autocast, is_padded=False, gradient_size=gradient_size)
+    with context as (ledger, accelerator):
         with _apart_from_head(head):
             ids = _ids(rows, length)
             mask = torch.ones_like(ids)
@@ -80,9 +83,12 @@ def language_model_training(
         return _backward(log_probs, ledger, accelerator.copies)
 
 
-def scalar_model_training(model: PreTrainedModel, rows: int, length: int, *, autocast: bool = False) -> Usage:
+def scalar_model_training(
+    model: PreTrainedModel, rows: int, length: int, gradient_size: float = 0.0, *, autocast: bool = False
+) -> Usage:
     """Forward and backward pass of padded rows through a reward or value model; arguments as above."""
-    with dry_run(model, autocast=autocast, is_padded=True) as (ledger, accelerator):
+    context = dry_run(model, autocast=autocast, is_padded=True, gradient_size=gradient_size)
+    with context as (ledger, accelerator):
         scores = _scores(model, rows, length)
         return _backward(scores, ledger, accelerator.copies)
 
@@ -184,9 +190,9 @@ def _ids(rows: int, length: int) -> Tensor:
 def _backward(output: Tensor, ledger: Ledger, copies: dict[int, Tensor]) -> Usage:
     saved = ledger.live
     # torch.autograd.backward would leave the accelerator, which the forward pass of a checkpointed block needs again
-    engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward((output,), (torch.empty_like(output),), False, False, (), True, True)
-    return Usage(saved=saved, peak=ledger.peak, copies=_bytes(copies))
+    return Usage(saved=saved, peak=ledger.peak - ledger.added, copies=_bytes(copies))
 
 
 def _bytes(tensors: dict[int, Tensor]) -> int:

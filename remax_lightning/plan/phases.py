@@ -17,10 +17,7 @@ LENGTH_STEP = 128
 
 
 def plan(recipe: Recipe, bench: Bench) -> Plan:
-    """The memory of one GPU over a step, every sequence at its full length.
-
-    Gradients are counted whole beside the activations, though the first come when the last activations go.
-    """
+    """The memory of one GPU over a step, every sequence at its full length."""
     run = _Run(recipe, bench)
     phases = [Phase("training", tuple(run.training()))]
     if recipe.has_rollouts:
@@ -60,9 +57,7 @@ class _Run:
         )
         self.weights = bench.weights(self.body, recipe.optimizer, self.layout)
         self.value = value_body(recipe) if recipe.trains_value else None
-        self.value_weights = (
-            None if self.value is None else bench.weights(self.value, recipe.optimizer, self.layout)
-        )
+        self.value_weights = None if self.value is None else bench.weights(self.value, recipe.optimizer, self.layout)
         self.head = None if self.body.is_scalar else bench.head(self.body, self.layout)
         self.states = self._states()
 
@@ -70,8 +65,8 @@ class _Run:
         """What is there all the time."""
         layout, scorers = self.layout, self.recipe.scorers
         terms = {
-            "weights": self.weights.masters,
-            "optimizer": self.weights.optimizer,
+            "master weights": self.weights.masters,
+            "optimizer states": self.weights.optimizer,
             "gradients": self.weights.gradients if layout.has_buckets else 0,
             "reference": 0 if self._own_reference is None else self.bench.frozen(self._own_reference, layout),
             "reward model": sum(self.bench.frozen(_scorer_body(scorer), layout) for scorer in scorers),
@@ -88,7 +83,9 @@ class _Run:
         if not self.recipe.has_reference or (self.recipe.lora is not None and self.recipe.reference is None):
             return None
         if self.recipe.reference is None:
-            return Body(self.recipe.source, "model.policy")
+            is_half = self.layout.is_split and self.layout.itemsize == 2  # a split copy has the type of the computation
+            source = replace(self.recipe.source, dtype="bfloat16") if is_half else self.recipe.source
+            return Body(source, "model.policy")
         return Body(self.recipe.reference, "model.reference")
 
     def rollout(self) -> list[Moment]:
@@ -99,7 +96,7 @@ class _Run:
         moments = []
         for name, usage in zip(("prefill", "decoding"), self._rollout_usages(), strict=True):
             cache = 0 if self.recipe.keeps_cache else usage.cache
-            own = {"gathered weights": copy + usage.copies, "KV cache": cache, "activations": usage.peak}
+            own = {"compute copy": copy + usage.copies, "KV cache": cache, "activations": usage.peak}
             moments.append(moment(name, self.states, own))
         return moments
 
@@ -121,9 +118,7 @@ class _Run:
             rows = self.recipe.micro_rows
             usage = self.bench.run(passes.scalar_model_scoring, self.value, self.layout, rows, self.recipe.length)
             copy = self.value_weights.working + usage.copies
-            moments.append(
-                moment("value model", self.states, {"gathered weights": copy, "activations": usage.peak})
-            )
+            moments.append(moment("value model", self.states, {"compute copy": copy, "activations": usage.peak}))
         return moments or [moment("reward", self.states)]
 
     def _reward(self, scorer: Scorer) -> Moment:
@@ -132,7 +127,7 @@ class _Run:
         body = _scorer_body(scorer)
         usage = self.bench.run(passes.scalar_model_scoring, body, self.layout, rows, length)
         copy = self.bench.gathered(body, self.layout) + usage.copies
-        return moment("reward model", self.states, {"gathered weights": copy, "activations": usage.peak})
+        return moment("reward model", self.states, {"compute copy": copy, "activations": usage.peak})
 
     def _reference(self) -> Moment:
         recipe = self.recipe
@@ -143,7 +138,7 @@ class _Run:
         head = self.bench.head(body, self.layout)
         tokens = recipe.micro_rows * kept
         own = {
-            "gathered weights": self.bench.gathered(body, self.layout) + usage.copies,
+            "compute copy": self.bench.gathered(body, self.layout) + usage.copies,
             "activations": usage.peak,
             "head": 0 if head is None else head.scoring(tokens),
         }
@@ -153,17 +148,19 @@ class _Run:
         """The head, the rest of the backward pass and the optimizer's step, of the policy and of the value model."""
         recipe, usage = self.recipe, self._training_usage()
         update = {
-            "gathered weights": self.weights.working + usage.copies,
+            "compute copy": self.weights.working + usage.copies,
             "gradients": in_backward(self.weights, recipe),
         }
         moments = []
         if self.head is not None:
             tokens = recipe.micro_rows * self._kept
             head = {"activations": usage.saved, "head": max(self.head.training(tokens), self.head.backward(tokens))}
+            if recipe.num_passes == 1:  # there are no others yet
+                head["gradients"] = -update["gradients"]
             moments.append(moment("head", self.states, update, head))
         body = {"activations": usage.peak, "head": self.weights.head}
         moments.append(moment("backward", self.states, update, body))
-        step = {"gradients": self.weights.gradients + self.weights.step, "gathered weights": usage.copies}
+        step = {"gradients": self.weights.gradients + self.weights.step, "compute copy": usage.copies}
         if self.value is not None:
             moments.append(self._value_backward())
         if self.value_weights is not None:
@@ -174,12 +171,12 @@ class _Run:
         """The value model's backward pass, after the policy's."""
         assert self.value is not None
         assert self.value_weights is not None
-        arguments = (self.recipe.micro_rows, self.recipe.length)
+        arguments = (self.recipe.micro_rows, self.recipe.length, self._gradient_size(self.value_weights))
         usage = self.bench.run(passes.scalar_model_training, self.value, self.layout, *arguments)
         own = {
             "gradients": self.weights.gradients,
             "value model": in_backward(self.value_weights, self.recipe),
-            "gathered weights": self.value_weights.working + usage.copies,
+            "compute copy": self.value_weights.working + usage.copies,
             "activations": usage.peak,
         }
         return moment("value backward", self.states, own)
@@ -190,10 +187,14 @@ class _Run:
         return self.recipe.sampling.max_new_tokens if self.recipe.has_rollouts else self.recipe.length - 1
 
     def _training_usage(self) -> Usage:
-        rows, length = self.recipe.micro_rows, self.recipe.length
+        rows, length, size = self.recipe.micro_rows, self.recipe.length, self._gradient_size(self.weights)
         if self.body.is_scalar:  # pairs
-            return self.bench.run(passes.scalar_model_training, self.body, self.layout, 2 * rows, length)
-        return self.bench.run(passes.language_model_training, self.body, self.layout, rows, length, self._kept)
+            return self.bench.run(passes.scalar_model_training, self.body, self.layout, 2 * rows, length, size)
+        return self.bench.run(passes.language_model_training, self.body, self.layout, rows, length, self._kept, size)
+
+    def _gradient_size(self, weights: Weights) -> float:
+        """Bytes kept of a number in a gradient, if gradients come in the only pass; 0 if they are there before it."""
+        return 4 * weights.gradients / weights.whole_gradients if self.recipe.num_passes == 1 else 0.0
 
 
 def in_backward(weights: Weights, recipe: Recipe) -> int:

@@ -1,9 +1,13 @@
 """What a plan has to know of a run, read from its parsed configuration; nothing is instantiated."""
 
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from remax_lightning.models.lora import LoRA
 from remax_lightning.models.source import ModelSource
@@ -164,7 +168,7 @@ def read(config: Mapping[str, Any], gpus: int) -> Recipe:
         method=method,
         name=ancestors[0],
         source=source,
-        optimizer=Optimizer(module["optimizer"]["class_path"], module["optimizer"].get("init_args") or {}),
+        optimizer=_optimizer(module["optimizer"]),
         layout=layout,
         batch_size=data["batch_size"],
         prompt_length=data["max_prompt_length"],
@@ -186,9 +190,7 @@ def _with_rollouts(recipe: Recipe, module: Mapping[str, Any]) -> Recipe:
         recipe,
         sampling=replace(sampling, max_new_tokens=longest),
         length=recipe.prompt_length + longest,
-        scorers=tuple(
-            scorer for name in ("reward", "judge") for scorer in _scorers(module.get(name), f"model.{name}")
-        ),
+        scorers=tuple(scorer for name in ("reward", "judge") for scorer in _scorers(module.get(name), f"model.{name}")),
         has_reference=module["kl_coef"] > 0,
         reference=None if module.get("reference") is None else _source(module["reference"]),
         has_engine=is_embedded,
@@ -233,6 +235,16 @@ def _autocast(precision: object) -> bool:
     if precision in ("bf16", "bf16-mixed"):
         return True
     raise ValueError(f"plan knows the precisions 32-true, bf16-mixed and bf16-true, got {precision}")
+
+
+def _optimizer(value: Any) -> Optimizer:
+    """The optimizer as it is configured, or as the default of a module makes it."""
+    if not callable(value):
+        return Optimizer(value["class_path"], value.get("init_args") or {})
+    made = value([nn.Parameter(torch.empty(1, device="meta"))])
+    accepted = inspect.signature(type(made)).parameters
+    arguments = {name: each for name, each in made.defaults.items() if name in accepted}
+    return Optimizer(f"{type(made).__module__}.{type(made).__name__}", arguments)
 
 
 def _ancestors(class_path: str) -> list[str]:

@@ -10,7 +10,7 @@ from remax_lightning.plan.bench import Bench
 from remax_lightning.plan.memory import CONTEXT, FRAGMENTATION, GIB, TERMS, Plan, usable
 from remax_lightning.plan.phases import as_ppo, plan, value_body
 from remax_lightning.plan.recipe import Recipe, read
-from remax_lightning.plan.search import largest_micro_batch, micro_batch_argument, proposals
+from remax_lightning.plan.search import EIGHT_BIT_ADAM, largest_micro_batch, micro_batch_argument, proposals
 
 WIDTH = 100
 
@@ -36,14 +36,18 @@ def print_plan(config: Mapping[str, Any], gpus: int, gpu_memory: float) -> None:
     if recipe.has_rollouts and not recipe.trains_value:
         compared.append(plan(as_ppo(recipe), bench))
     console = Console(width=max(WIDTH, Console().width), highlight=False, markup=False)
-    console.print(table(compared, recipe))
-    for line in [*summary(compared, recipe, gpu_memory), *advice(own, recipe, bench, gpu_memory)]:
+    console.print(f"Peak memory of each of {gpus} GPU(s) in GiB")
+    console.print(table(compared))
+    lines = [*summary(compared, recipe, gpu_memory), *advice(recipe, bench, gpu_memory)]
+    if not compared[-1].fits(gpu_memory) and len(compared) > 1:
+        lines.append(f"PPO: {best_micro_batch(as_ppo(recipe), bench, gpu_memory) or 'no micro-batch fits'}")
+    for line in lines:
         console.print(line, soft_wrap=True)
 
 
-def table(plans: Sequence[Plan], recipe: Recipe) -> Table:
+def table(plans: Sequence[Plan]) -> Table:
     """Terms by phase, GiB, each phase at its peak; the plans side by side."""
-    result = Table(title=f"{recipe.name}: peak memory of each of {recipe.layout.gpus} GPU(s), GiB")
+    result = Table()
     result.add_column("")
     peaks = [(each.name, phase.name, phase.peak) for each in plans for phase in each.phases]
     for number, (name, phase, _) in enumerate(peaks):
@@ -79,14 +83,24 @@ def summary(plans: Sequence[Plan], recipe: Recipe, gpu_memory: float) -> list[st
     return lines
 
 
-def advice(own: Plan, recipe: Recipe, bench: Bench, gpu_memory: float) -> list[str]:
-    """The largest micro-batch that fits, or what to change."""
+def best_micro_batch(recipe: Recipe, bench: Bench, gpu_memory: float) -> str | None:
+    """A sentence on the largest micro-batch that fits; None if there is none."""
     largest = largest_micro_batch(recipe, bench, gpu_memory)
-    if largest is not None:
-        peak = plan(largest, bench).peak / GIB
-        return [f"Largest micro-batch that fits: {micro_batch_argument(largest)} (peak {peak:.1f} GiB)"]
+    if largest is None:
+        return None
+    peak = plan(largest, bench).peak / GIB
+    return f"largest micro-batch that fits: {micro_batch_argument(largest)} (peak {peak:.1f} GiB)"
+
+
+def advice(recipe: Recipe, bench: Bench, gpu_memory: float) -> list[str]:
+    """The largest micro-batch that fits, or what to change."""
+    if (best := best_micro_batch(recipe, bench, gpu_memory)) is not None:
+        return [f"{recipe.name}: {best}"]
     found = proposals(recipe, bench, gpu_memory)
     if not found:
         return ["No micro-batch fits, and nothing that plan knows to change makes it fit."]
     lines = ["No micro-batch fits. It would with:"]
-    return lines + [f"  {' '.join(each.arguments)} (peak {each.peak / GIB:.1f} GiB)" for each in found]
+    for each in found:
+        needed = ", needs torchao" if any(EIGHT_BIT_ADAM in argument for argument in each.arguments) else ""
+        lines.append(f"  {' '.join(each.arguments)} (peak {each.peak / GIB:.1f} GiB{needed})")
+    return lines

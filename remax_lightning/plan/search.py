@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from remax_lightning.models.lora import LoRA
 from remax_lightning.plan.bench import Bench
+from remax_lightning.plan.memory import usable
 from remax_lightning.plan.models import Optimizer
 from remax_lightning.plan.phases import plan
 from remax_lightning.plan.recipe import Recipe
@@ -70,11 +72,10 @@ def proposals(recipe: Recipe, bench: Bench, gpu_memory: float) -> list[Proposal]
         gpu_memory: Memory of a GPU, GiB.
     """
     smallest = with_micro_batch(recipe, 1)
-    alone = []
-    for argument, change in changes(smallest):
-        proposal = _tried(smallest, [(argument, change)], bench)
-        if plan(proposal.recipe, bench).fits(gpu_memory):
-            alone.append(proposal)
+    tried = (_tried(smallest, [change], bench) for change in changes(smallest))
+    alone = [each for each in tried if each.peak <= usable(gpu_memory)]
+    halved = (_tried(smallest, [change], bench) for change in smaller_batches(smallest))
+    alone += [each for each in halved if each.peak <= usable(gpu_memory)][:1]
     return alone or _together(smallest, bench, gpu_memory)
 
 
@@ -83,12 +84,12 @@ Change = tuple[str, Callable[[Recipe], Recipe]]
 
 def _together(recipe: Recipe, bench: Bench, gpu_memory: float) -> list[Proposal]:
     """One set of changes that fit together and none of which can be left out; nothing if all of them do not."""
-    chosen: list[Change] = list(changes(recipe))
-    if not plan(_tried(recipe, chosen, bench).recipe, bench).fits(gpu_memory):
+    chosen: list[Change] = [*changes(recipe), *list(smaller_batches(recipe))[1:2]]
+    if _tried(recipe, chosen, bench).peak > usable(gpu_memory):
         return []
     for each in reversed(list(chosen)):
         rest = [other for other in chosen if other is not each]
-        if plan(_tried(recipe, rest, bench).recipe, bench).fits(gpu_memory):
+        if _tried(recipe, rest, bench).peak <= usable(gpu_memory):
             chosen = rest
     return [_tried(recipe, chosen, bench)]
 
@@ -111,15 +112,24 @@ def changes(recipe: Recipe) -> Iterator[Change]:
         yield "--trainer.strategy fsdp2 --trainer.precision 32-true", _split
     if any(scorer.source.dtype == "float32" for scorer in recipe.scorers):
         yield "--model.reward.dtype bfloat16", _half_rewards
-    if recipe.has_rollouts and recipe.batch_size > 1:
-        size = recipe.batch_size // 2
-        yield f"--data.batch_size {size}", lambda each: replace(each, batch_size=size)
     if "Adam" in recipe.optimizer.class_path and not recipe.optimizer.is_8bit and recipe.lora is None:
         yield f"--model.optimizer {EIGHT_BIT_ADAM}", _eight_bit
     if layout.is_split:
         yield f"--gpus {2 * layout.gpus}", _twice_the_gpus
     if recipe.lora is None:
         yield "--model.lora.rank 16", lambda each: replace(each, lora=LoRA(rank=16))
+
+
+def smaller_batches(recipe: Recipe) -> Iterator[Change]:
+    """Half of the prompts that are decoded together, a quarter, and so on."""
+    size = recipe.batch_size // 2 if recipe.has_rollouts else 0
+    while size > 0:
+        yield f"--data.batch_size {size}", partial(_with_batch, size=size)
+        size //= 2
+
+
+def _with_batch(recipe: Recipe, size: int) -> Recipe:
+    return replace(recipe, batch_size=size)
 
 
 def _changes_of_fsdp2(recipe: Recipe) -> Iterator[Change]:

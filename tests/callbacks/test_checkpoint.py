@@ -119,7 +119,8 @@ def test_what_is_not_a_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
     else:
         (saved,) = save(tmp_path, 1)
         path.write_bytes(saved.read_bytes()[:5000])
-    reason = r"holds a torch.nn.\S*Linear, whose package" if kind == "object" else r"cannot be read as tensors and plain"
+    reasons = {"object": r"holds a torch.nn.\S*Linear, whose package"}
+    reason = reasons.get(kind, "cannot be read as tensors and plain types")
     with pytest.raises(UnusableCheckpoint, match=f"some.ckpt {reason}"):
         SafeCheckpointIO().load_checkpoint(path, weights_only=False)
 

@@ -397,7 +397,8 @@ def halves(call: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def test_fp16_mixed_is_refused(policy: str) -> None:
     module = tiny.remax(policy)
-    module._trainer = SimpleNamespace(precision="16-mixed", strategy=None)  # on a CPU, Lightning itself turns it into bf16-mixed
+    # on a CPU, Lightning itself turns it into bf16-mixed
+    module._trainer = SimpleNamespace(precision="16-mixed", strategy=None)
     with pytest.raises(ValueError, match="use bf16-mixed"):
         module.setup("fit")
 

@@ -94,9 +94,7 @@ def test_checkpointed_activations(model_type: str, dtype: torch.dtype) -> None:
 def test_activations_under_autocast(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # on a CPU autocast takes no function of those that are in these models to float32, on a GPU it does
     monkeypatch.setattr(dry_run, "SINGLE", set())
-    usage = passes.language_model_training(
-        build(model_type, torch.float32, "meta"), ROWS, LENGTH, KEPT, autocast=True
-    )
+    usage = passes.language_model_training(build(model_type, torch.float32, "meta"), ROWS, LENGTH, KEPT, autocast=True)
     real = build(model_type, torch.float32, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         assert usage.saved + usage.copies == pytest.approx(saved(real), rel=0.02)
@@ -147,7 +145,7 @@ def test_cache(model_type: str, autocast: bool, monkeypatch: pytest.MonkeyPatch)
         next_logits.of_prompts(torch.arange(rows) % prompts)
     real = sum(states.nbytes for layer in next_logits.cache.attention_layers for states in (layer.keys, layer.values))
     assert [usage.cache for usage in usages] == [real, real]
-    assert all(0 < usage.peak for usage in usages)
+    assert all(usage.peak > 0 for usage in usages)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

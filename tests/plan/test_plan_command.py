@@ -1,6 +1,8 @@
 """The sub-command: from a configuration to a table and advice that holds."""
 
+import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,141 +10,277 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from remax_lightning.cli import main
+from remax_lightning import cli
+from remax_lightning.plan.bench import Bench
+from remax_lightning.plan.memory import CONTEXT, FRAGMENTATION, Moment, usable
+from remax_lightning.plan.phases import as_ppo, plan
+from remax_lightning.plan.recipe import Recipe, read
+from remax_lightning.plan.search import changes, proposals
 
-ARCHITECTURE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 16000,
-}
-PARAMETERS = 2 * 16000 * 1024 + 4 * (3 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024
+VOCABULARY, HIDDEN, INNER, LAYERS = 16000, 1024, 2816, 2
+PARAMETERS = 2 * VOCABULARY * HIDDEN + LAYERS * (3 * HIDDEN**2 + 3 * HIDDEN * INNER + 2 * HIDDEN) + HIDDEN
+SCORER = PARAMETERS - VOCABULARY * HIDDEN + HIDDEN
 GIB = 2**30
+GPUS = 2
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> dict[str, Any]:
-    folder = str(tmp_path / "architecture")
-    AutoConfig.for_model("llama", **ARCHITECTURE).save_pretrained(folder)
+def configuration(folder: Path) -> dict[str, Any]:
+    values = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    AutoConfig.for_model("llama", **values, num_attention_heads=8, num_key_value_heads=4).save_pretrained(folder)
+    reward = {"path": "someone/reward", "architecture": str(folder), "dtype": "bfloat16"}
+    module = {
+        "policy": {"path": "someone/policy", "architecture": str(folder)},
+        "reward": {"class_path": "ModelReward", "init_args": reward},
+        "sampling": {"max_new_tokens": 256},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-6}},
+        "micro_batch_size": 4,
+    }
+    data = {"train": "none", "batch_size": 16, "max_prompt_length": 256}
     return {
-        "trainer": {"strategy": {"class_path": "FSDP2Strategy"}, "precision": "32-true"},
-        "model": {
-            "class_path": "ReMax",
-            "init_args": {
-                "policy": {"path": "someone/policy", "architecture": folder},
-                "reward": {
-                    "class_path": "ModelReward",
-                    "init_args": {"path": "someone/reward", "architecture": folder, "dtype": "bfloat16"},
-                },
-                "sampling": {"max_new_tokens": 256},
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-6}},
-                "micro_batch_size": 4,
-            },
-        },
-        "data": {"class_path": "PromptDataModule", "init_args": {"train": "none", "batch_size": 16, "max_prompt_length": 256}},
+        "trainer": {"strategy": {"class_path": "FSDP2Strategy"}},
+        "model": {"class_path": "ReMax", "init_args": module},
+        "data": {"class_path": "PromptDataModule", "init_args": data},
     }
 
 
-class Output:
-    """What the sub-command printed."""
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "config.yaml").write_text(yaml.safe_dump(configuration(folder / "architecture")), encoding="utf-8")
+    return str(folder / "config.yaml")
 
-    def __init__(self, text: str) -> None:
-        self.text = text
 
-    def row(self, term: str) -> list[float]:
-        """Figures of a row of the table, GiB."""
-        line = next(line for line in self.text.splitlines() if line.startswith(f"│ {term} "))
-        return [float(cell) if cell.strip() else 0.0 for cell in line.split("│")[2:-1]]
+@pytest.fixture(scope="module")
+def parsed(file: str) -> dict[str, Any]:
+    """The configuration as the sub-command hands it on."""
+    return parse(file)
 
-    def peaks(self) -> dict[str, float]:
-        return {name: float(peak) for name, peak in re.findall(r"^(\w+): peak ([\d.]+) GiB", self.text, re.MULTILINE)}
 
-    def micro_batch(self) -> str:
-        found = re.search(r"Largest micro-batch that fits: (--\S+ \d+)", self.text)
-        assert found, self.text
-        return found[1]
+def parse(file: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        found: list[Any] = []
+        patch.setattr(cli, "print_plan", lambda config, *_: found.append(config))
+        cli.main(["plan", "--config", file, "--gpus", str(GPUS)])
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
 
 
 @pytest.fixture
-def plan(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*arguments: str, gpus: int = 2) -> Output:
-        file = tmp_path / "config.yaml"
-        file.write_text(yaml.safe_dump(config), encoding="utf-8")
-        main(["plan", "--config", str(file), "--gpus", str(gpus), *arguments])
-        return Output(capsys.readouterr().out)
+def recipe(parsed: dict[str, Any]) -> Callable[..., Recipe]:
+    def changed(path: str = "", value: object = None, gpus: int = GPUS) -> Recipe:
+        config: Any = copy.deepcopy(parsed)
+        *parents, name = path.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        if name:
+            node[name] = value
+        return read(config, gpus)
+
+    return changed
+
+
+@pytest.fixture
+def printed(file: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*arguments: str) -> str:
+        cli.main(["plan", "--config", file, "--gpus", str(GPUS), *arguments])
+        return capsys.readouterr().out
 
     return run
 
 
-def test_states_stand_in_the_table(plan: Any) -> None:
-    output = plan()
-    mine, theirs = slice(0, 3), slice(3, 6)
-    assert output.row("weights") == pytest.approx([4 * PARAMETERS / 2 / GIB] * 6, abs=0.01)
-    assert output.row("optimizer") == pytest.approx([8 * PARAMETERS / 2 / GIB] * 6, abs=0.01)
-    assert output.row("reference") == pytest.approx([4 * PARAMETERS / 2 / GIB] * 6, abs=0.01)
-    assert output.row("reward model") == pytest.approx([2 * (PARAMETERS - 16000 * 1024) / 2 / GIB] * 6, abs=0.01)
-    assert output.row("gathered weights")[0] == pytest.approx(2 * PARAMETERS / GIB, abs=0.01)
-    assert output.row("gradients")[2] > 4 * PARAMETERS / GIB  # micro-batches are added up before they are split
-    cache = 4 * 2 * 512 * 512 * 2 / GIB  # of a row: layers, keys and values, tokens, numbers, bytes
-    assert output.row("KV cache") == pytest.approx([32 * cache, 0, 0, 16 * cache, 0, 0], abs=0.01)
-    assert output.row("value model")[mine] == [0, 0, 0]
-    assert output.row("value model")[theirs][0] == pytest.approx(12 * (PARAMETERS - 16000 * 1024) / 2 / GIB, abs=0.01)
-    total = sum(output.row(term)[2] for term in ("weights", "gradients", "optimizer", "gathered weights", "reference"))
-    total += sum(output.row(term)[2] for term in ("reward model", "activations", "head"))
-    assert output.row("total")[2] == pytest.approx(total, abs=0.05)
-    assert output.peaks()["PPO"] > output.peaks()["ReMax"]
-    assert output.peaks()["ReMax"] == pytest.approx(max(output.row("total")[mine]), abs=0.06)
+def gpu_memory(peak: float) -> str:
+    """Memory of a GPU of which so many bytes are usable, GiB."""
+    return f"{(peak / GIB + CONTEXT) / (1 - FRAGMENTATION):.3f}"
 
 
-def test_memory_decides(plan: Any) -> None:
-    peak = plan().peaks()["ReMax"]
-    reserved = 2.0
-    enough, too_little = (f"{(peak + reserved + margin) / 0.95:.2f}" for margin in (0.1, -0.1))
-    assert re.search(r"ReMax: .*: fits", plan("--gpu_memory", enough).text)
-    assert re.search(r"ReMax: .*: does not fit", plan("--gpu_memory", too_little).text)
+def peaks(recipe: Recipe, bench: Bench) -> dict[str, Moment]:
+    return {phase.name: phase.peak for phase in plan(recipe, bench).phases}
 
 
-def test_the_proposed_micro_batch_fits_and_twice_of_it_does_not(plan: Any, config: dict[str, Any]) -> None:
-    config["model"]["init_args"]["activation_checkpointing"] = False
-    arguments = ["--gpu_memory", "7"]
-    name, size = plan(*arguments).micro_batch().split()
-    assert 1 < int(size) < 16
-    assert re.search("ReMax: .*: fits", plan(*arguments, name, size).text)
-    assert re.search("ReMax: .*: does not fit", plan(*arguments, name, str(2 * int(size))).text)
-    assert plan(*arguments, "--model.micro_batch_tokens", "1024").micro_batch() == (
-        f"--model.micro_batch_tokens {int(size) * 512}"
+def test_the_table(printed: Callable[..., str]) -> None:
+    text = printed()
+
+    def row(term: str) -> list[float]:
+        line = next(line for line in text.splitlines() if line.startswith(f"│ {term} "))
+        return [float(cell) if cell.strip() else 0.0 for cell in line.split("│")[2:-1]]
+
+    weights, close = 4 * PARAMETERS / GPUS / GIB, {"abs": 0.011}
+    assert row("master weights") == pytest.approx([weights] * 6, **close)
+    assert row("optimizer states") == pytest.approx([2 * weights] * 6, **close)
+    assert row("reference") == pytest.approx([weights / 2] * 6, **close)  # two bytes
+    assert row("reward model") == pytest.approx([2 * SCORER / GPUS / GIB] * 6, **close)
+    assert row("compute copy")[0] == pytest.approx(weights, **close)  # two bytes, but all of them
+    assert row("gradients")[2] > 2 * weights  # those of several micro-batches are added up before they are split
+    cache = LAYERS * 2 * (HIDDEN // 2) * 512 * 2 / GIB  # of a row: keys and values, their numbers, columns, bytes
+    assert row("KV cache") == pytest.approx([32 * cache, 0, 0, 16 * cache, 0, 0], **close)
+    assert row("value model")[:3] == [0, 0, 0]
+    assert row("value model")[3] == pytest.approx(12 * SCORER / GPUS / GIB, **close)
+    terms = (
+        "master weights",
+        "gradients",
+        "optimizer states",
+        "compute copy",
+        "reference",
+        "reward model",
+        "activations",
+        "head",
     )
+    assert row("total")[2] == pytest.approx(sum(row(term)[2] for term in terms), abs=0.05)
+    found = {name: float(peak) for name, peak in re.findall(r"^(\w+): peak ([\d.]+) GiB", text, re.MULTILINE)}
+    assert found["ReMax"] == pytest.approx(max(row("total")[:3]), abs=0.06)
+    assert found["PPO"] == pytest.approx(max(row("total")[3:]), abs=0.06)
+    assert found["PPO"] > found["ReMax"]
 
 
-def test_every_proposal_fits(plan: Any) -> None:
-    arguments = ["--gpu_memory", "5"]
-    output = plan(*arguments)
-    lines = [line for line in output.text.splitlines() if line.startswith("  --")]
-    assert lines, output.text
-    for line in lines:
-        if "torchao" not in line:
-            changed = line.partition(" (peak")[0].split()
-            assert re.search("ReMax: .*: fits", plan(*arguments, *changed).text), line
-    assert "nothing that plan knows" in plan("--gpu_memory", "2.2").text
+def test_memory_and_the_micro_batch_decide(
+    printed: Callable[..., str], recipe: Callable[..., Recipe], bench: Bench
+) -> None:
+    four, eight = (plan(recipe("model.init_args.micro_batch_size", rows), bench).peak for rows in (4, 8))
+    memory = ["--gpu_memory", gpu_memory((four + eight) / 2)]
+    text = printed(*memory)
+    assert "\nReMax: largest micro-batch that fits: --model.micro_batch_size 4 " in text
+    assert re.search("^PPO: largest micro-batch that fits: --model.micro_batch_size [12] ", text, re.MULTILINE)
+    assert re.search("^ReMax: .*: fits$", text, re.MULTILINE)
+    assert re.search("^ReMax: .*: does not fit$", printed(*memory, "--model.micro_batch_size", "8"), re.MULTILINE)
+    less = printed("--gpu_memory", gpu_memory(four - 1e7))
+    assert re.search("^ReMax: .*: does not fit$", less, re.MULTILINE)
+    assert "fits: --model.micro_batch_tokens 2048 " in printed(*memory, "--model.micro_batch_tokens", "512")
+
+
+def test_every_proposal_fits(printed: Callable[..., str], recipe: Callable[..., Recipe], bench: Bench) -> None:
+    smallest = plan(recipe("model.init_args.micro_batch_size", 1), bench).peak
+    memory = ["--gpu_memory", gpu_memory(0.93 * smallest)]
+    lines = [line for line in printed(*memory).splitlines() if line.startswith("  --")]
+    assert len(lines) > 2
+    for line in [line for line in lines if "torchao" not in line][:3]:
+        changes = line.partition(" (peak")[0].split()
+        assert re.search("^ReMax: .*: fits$", printed(*memory, *changes), re.MULTILINE), line
+
+
+def test_changes_that_only_fit_together(recipe: Callable[..., Recipe], bench: Bench) -> None:
+    (found,) = proposals(recipe(), bench, 2.7)
+    assert found.peak <= usable(2.7)
+    assert len(found.arguments) > 2
+    assert proposals(recipe(), bench, 2.15) == []
 
 
 @pytest.mark.parametrize(
-    ("arguments", "term", "column"),
+    ("path", "value", "phase", "term"),
     [
-        (["--model.activation_checkpointing", "true"], "activations", 2),
-        (["--trainer.strategy.sync_every_micro_batch", "true"], "gradients", 2),
-        (["--trainer.strategy.offload_frozen", "true"], "reference", 0),
-        (["--trainer.strategy.replicas", "1", "--gpus", "4"], "weights", 0),
-        (["--model.kl_coef", "0"], "reference", 1),
-        (["--model.lora.rank", "8"], "optimizer", 0),
-        (["--model.optimizer", "torch.optim.SGD"], "optimizer", 2),
-        (["--data.batch_size", "8"], "KV cache", 0),
+        ("model.init_args.activation_checkpointing", True, "training", "activations"),
+        ("trainer.strategy.init_args.sync_every_micro_batch", True, "training", "gradients"),
+        ("trainer.strategy.init_args.offload_frozen", True, "rollout", "reference"),
+        ("trainer.strategy.init_args.offload_frozen", True, "rollout", "reward model"),
+        ("model.init_args.kl_coef", 0.0, "scoring", "reference"),
+        ("model.init_args.lora", {"rank": 8}, "training", "optimizer states"),
+        ("model.init_args.lora", {"rank": 8}, "training", "reference"),
+        ("model.init_args.lora", {"rank": 8}, "training", "gradients"),
+        ("model.init_args.optimizer.class_path", "torchao.optim.AdamW8bit", "rollout", "optimizer states"),
+        ("data.init_args.batch_size", 8, "rollout", "KV cache"),
+        ("model.class_path", "remax_lightning.modules.PolicyGradientModule", "rollout", "KV cache"),
+        ("model.init_args.micro_batch_size", 2, "training", "activations"),
     ],
 )
-def test_a_lever_lowers_what_it_is_for(plan: Any, arguments: list[str], term: str, column: int) -> None:
-    def figure(output: Output) -> float:
-        return output.row(term)[column] if f"│ {term} " in output.text else 0.0
+def test_a_lever_lowers_what_it_is_for(
+    path: str, value: object, phase: str, term: str, recipe: Callable[..., Recipe], bench: Bench
+) -> None:
+    before, after = (peaks(each, bench)[phase].terms[term] for each in (recipe(), recipe(path, value)))
+    assert after < 0.7 * before
 
-    assert figure(plan(*arguments)) < 0.7 * figure(plan())
+
+def test_replicas_hold_whole_copies(recipe: Callable[..., Recipe], bench: Bench) -> None:
+    two, four = (peaks(recipe(gpus=gpus), bench)["rollout"] for gpus in (2, 4))
+    hybrid = peaks(recipe("trainer.strategy.init_args.replicas", 2, gpus=4), bench)["rollout"]
+    assert four.terms["master weights"] == pytest.approx(two.terms["master weights"] / 2, rel=0.01)
+    assert hybrid.terms == two.terms
+    with pytest.raises(ValueError, match="replicas must divide"):
+        recipe("trainer.strategy.init_args.replicas", 3, gpus=4)
+
+
+def test_without_splitting(recipe: Callable[..., Recipe], bench: Bench) -> None:
+    single, ddp = (peaks(recipe("trainer.strategy", "auto", gpus=gpus), bench)["training"].terms for gpus in (1, 2))
+    assert single["master weights"] == 4 * PARAMETERS
+    assert ddp["gradients"] == 2 * single["gradients"] == 8 * PARAMETERS  # and DDP's buckets
+    assert single["compute copy"] == 0
+    assert recipe("trainer.strategy", "fsdp2").layout == recipe().layout
+    assert any("--trainer.strategy fsdp2" in change for change, _ in changes(recipe("trainer.strategy", "ddp")))
+
+
+def test_autocast_keeps_copies_of_the_trained_weights(parsed: dict[str, Any], bench: Bench) -> None:
+    config = copy.deepcopy(parsed)
+    config["trainer"].update(strategy="auto", precision="bf16-mixed")
+    found = peaks(read(config, 1), bench)
+    assert found["rollout"].terms["compute copy"] == 2 * (PARAMETERS - VOCABULARY * HIDDEN - HIDDEN * (2 * LAYERS + 1))
+    assert found["scoring"].terms["compute copy"] == 0
+
+
+def test_the_default_optimizer(file: str, tmp_path: Path, recipe: Callable[..., Recipe], bench: Bench) -> None:
+    config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    del config["model"]["init_args"]["optimizer"]
+    changed = tmp_path / "config.yaml"
+    changed.write_text(yaml.safe_dump(config), encoding="utf-8")
+    default = read(parse(str(changed)), GPUS)
+    assert "AdamW" in default.optimizer.class_path
+    assert default.optimizer.init_args["lr"] == 1e-6
+    assert peaks(default, bench)["rollout"].terms == peaks(recipe(), bench)["rollout"].terms
+
+
+def test_a_compiled_rollout_keeps_its_cache(recipe: Callable[..., Recipe], bench: Bench) -> None:
+    engine = {"class_path": "remax_lightning.rollout.TransformersEngine", "init_args": {"compile": True}}
+    kept, freed = recipe("model.init_args.engine", engine), recipe()
+    assert peaks(kept, bench)["training"].terms["KV cache"] == peaks(freed, bench)["rollout"].terms["KV cache"] > 0
+    assert peaks(freed, bench)["training"].terms["KV cache"] == 0
+
+
+def test_the_other_stages(parsed: dict[str, Any], bench: Bench) -> None:
+    config = copy.deepcopy(parsed)
+    module, data = config["model"]["init_args"], config["data"]["init_args"]
+    data["max_length"] = 512
+    config["model"]["class_path"] = "remax_lightning.modules.SFT"
+    sft = peaks(read(config, GPUS), bench)
+    config["model"] = {
+        "class_path": "remax_lightning.modules.RewardModel",
+        "init_args": {**module, "model": module["policy"]},
+    }
+    pairs = peaks(read(config, GPUS), bench)
+    assert set(sft) == set(pairs) == {"training"}
+    assert pairs["training"].terms["activations"] == pytest.approx(2 * sft["training"].terms["activations"], rel=0.3)
+    assert pairs["training"].terms["head"] == 0
+    assert sft["training"].terms["reference"] == sft["training"].terms["reward model"] == 0
+
+
+def test_a_reward_that_is_no_model_takes_nothing(recipe: Callable[..., Recipe], bench: Bench) -> None:
+    reward = {"class_path": "FunctionReward", "init_args": {"function": "os.path.join"}}
+    without = recipe("model.init_args.reward", reward)
+    assert peaks(without, bench)["rollout"].terms["reward model"] == 0
+    value = next(phase.peak for phase in plan(as_ppo(without), bench).phases if phase.name == "rollout")
+    assert value.terms["value model"] == pytest.approx(12 * SCORER / GPUS, rel=1e-4)  # of the policy's architecture
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.micro_batch_sise", "4"], "micro_batch_sise"),
+        (["--model.policy.architecture", "null"], "give model.policy.architecture"),
+        (["--trainer.strategy", "deepspeed"], "auto, ddp and fsdp2, got deepspeed"),
+        (["--trainer.precision", "bf16-mixed"], "under fsdp2 trainer.precision must be 32-true"),
+        (["--gpus", "0"], "gpus must be at least 1, got 0"),
+        (["--gpu_memory", "2"], "gpu_memory"),
+        (["--model.policy.quantization", "4bit"], "4bit"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], message: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--config", file, "--gpus", str(GPUS), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_several_files(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "overlay.yaml").write_text("data: {init_args: {batch_size: 2}}", encoding="utf-8")
+    cli.main(["plan", "--config", file, "--config", str(tmp_path / "overlay.yaml"), "--gpus", "2"])
+    assert "trains on 1 x 2 rows of 512 tokens" in capsys.readouterr().out

@@ -27,7 +27,9 @@ WORLD = 3  # divides few of the shapes
 
 
 def build(model_type: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    config = AutoConfig.for_model(model_type, **SHAPES[model_type], vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=1)
+    config = AutoConfig.for_model(
+        model_type, **SHAPES[model_type], vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=1
+    )
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
