@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from remax_lightning.functional import remax_advantages
+from remax_lightning.functional import (
+    baseline_advantages,
+    leave_one_out,
+    leave_one_out_baselines,
+    masked_moments,
+    normalized,
+    remax_advantages,
+)
 
 
 def bandit_variances(probs, best, other, baselines):
@@ -147,3 +154,122 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
     remax_advantages(**valid)
     with pytest.raises(ValueError, match=message):
         remax_advantages(**(valid | arguments))
+
+
+def test_remax_is_the_baseline_form_under_its_own_name():
+    assert remax_advantages is baseline_advantages
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 8])
+def test_leave_one_out_sums_to_zero_over_each_prompt_and_stretches_the_deviation_from_its_mean(num_samples):
+    rewards = torch.randn(5 * num_samples, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    advantages = leave_one_out(rewards, num_samples).view(5, num_samples)
+    torch.testing.assert_close(advantages.sum(-1), torch.zeros(5, dtype=torch.float64))
+    by_prompt = rewards.view(5, num_samples)
+    deviations = by_prompt - by_prompt.mean(-1, keepdim=True)
+    torch.testing.assert_close(advantages, deviations * num_samples / (num_samples - 1))
+    torch.testing.assert_close(rewards - leave_one_out_baselines(rewards, num_samples), advantages.flatten())
+
+
+def test_the_baseline_of_a_response_looks_neither_at_its_own_reward_nor_at_other_prompts():
+    rewards = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    baselines = leave_one_out_baselines(rewards, 4)
+    for index, other in enumerate(torch.eye(12, dtype=torch.bool)):
+        changed = leave_one_out_baselines(rewards.masked_fill(other, 99.0), 4) != baselines
+        prompt = torch.arange(12) // 4 == index // 4
+        assert torch.equal(changed, prompt & ~other)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_counts_for_no_other_response(junk):
+    rewards = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = leave_one_out(rewards, 4)
+    rewards[5] = junk  # one of the second prompt
+    rewards[[8, 9, 11]] = junk  # the third prompt has one left
+    rewards[12:] = junk  # the fourth none
+    advantages = leave_one_out(rewards, 4)
+    assert torch.equal(advantages[:4], expected[:4])
+    assert advantages.isnan().nonzero().flatten().tolist() == [5, *range(8, 16)]
+    left = rewards[[4, 6, 7]]
+    assert torch.equal(advantages[[4, 6, 7]], leave_one_out(left, 3))
+    baselines = leave_one_out_baselines(rewards, 4)
+    torch.testing.assert_close(baselines[5], left.mean())
+    assert baselines.isnan().nonzero().flatten().tolist() == [10, *range(12, 16)]
+
+
+def test_small_rewards_survive_beside_a_large_one_and_large_rewards_lose_nothing_but_their_digits():
+    assert leave_one_out_baselines(torch.tensor([1e30, 1.0, 2.0, 6.0]), 4)[0] == 3
+    rewards = torch.tensor([1.0, 2.0, 6.0]) + 2**20
+    assert leave_one_out(rewards, 3).tolist() == [-3.0, -1.5, 4.5]
+    assert leave_one_out(rewards.bfloat16(), 3).dtype == torch.float32
+    assert not leave_one_out(rewards.requires_grad_(), 3).requires_grad
+    assert leave_one_out(torch.zeros(0), 3).shape == (0,)
+
+
+@pytest.mark.parametrize("function", [leave_one_out, leave_one_out_baselines])
+def test_leave_one_out_without_another_response_is_refused(function):
+    with pytest.raises(ValueError, match=r"^num_samples must be at least 2 for a leave-one-out baseline, got 1$"):
+        function(torch.zeros(4), 1)
+    with pytest.raises(ValueError, match="num_samples = 3 adjacent rewards for each prompt, got 4 in all"):
+        function(torch.zeros(4), 3)
+    with pytest.raises(ValueError, match=r"rewards must hold one value per response, .* got \(2, 2\)"):
+        function(torch.zeros(2, 2), 2)
+
+
+@pytest.fixture
+def scores():
+    generator = torch.Generator().manual_seed(0)
+    values = 3 * torch.randn(5, 6, dtype=torch.float64, generator=generator) + 7
+    return values, torch.arange(6) < torch.tensor([6, 1, 3, 4, 0])[:, None]
+
+
+def test_normalized_values_have_mean_zero_and_deviation_one_and_keep_their_order(scores):
+    values, mask = scores
+    found = normalized(values, mask, masked_moments(values, mask))
+    assert found[mask].mean().item() == pytest.approx(0, abs=1e-12)
+    assert found[mask].std(correction=0).item() == pytest.approx(1, abs=1e-8)
+    assert torch.equal(found[mask].argsort(), values[mask].argsort())
+    assert found[~mask].eq(0).all()
+    moved = 0.5 * values - 100  # the same up to the unit and the origin
+    torch.testing.assert_close(normalized(moved, mask, masked_moments(moved, mask)), found, rtol=1e-7, atol=1e-7)
+
+
+def test_moments_of_parts_add_up_whatever_padding_holds(scores):
+    values, mask = scores
+    whole = masked_moments(values, mask)
+    assert whole[0] == 14
+    for junk in (math.nan, math.inf):
+        dirty = values.masked_fill(~mask, junk)
+        parts = [masked_moments(dirty[rows], mask[rows]) for rows in torch.arange(5).split([2, 1, 2])]
+        torch.testing.assert_close(sum(parts), whole)
+        by_part = [normalized(dirty[rows], mask[rows], sum(parts)) for rows in torch.arange(5).split([2, 1, 2])]
+        torch.testing.assert_close(torch.cat(by_part), normalized(values, mask, whole))
+    # Each part by its own moments is not the same: that is what adding them up is for.
+    assert not torch.allclose(normalized(values[:2], mask[:2], parts[0]), by_part[0], atol=0.01)
+
+
+def test_values_that_are_equal_few_or_far_from_zero(scores):
+    values, mask = scores
+    for constant in (0.0, 0.1, -1e4, *torch.linspace(1e6, 2e6, 20).tolist()):
+        equal = torch.full((5, 6), constant, dtype=torch.float64) / 3
+        assert normalized(equal, mask, masked_moments(equal, mask)).abs().max() < 1e-3
+    nothing = torch.zeros_like(mask)
+    assert normalized(values, nothing, masked_moments(values, nothing)).eq(0).all()
+    one = torch.zeros_like(mask)
+    one[2, 1] = True
+    assert normalized(values, one, masked_moments(values, one)).abs().max() < 1e-3
+    far = (values * 2**10).round() / 2**10 + 2**12  # the variance is a millionth of the squared mean; exact in float32
+    near = normalized(far, mask, masked_moments(far, mask))
+    single = normalized(far.float(), mask, masked_moments(far.float(), mask))
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single, near.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_moments_and_masks_of_other_shapes_are_refused(scores):
+    values, mask = scores
+    with pytest.raises(ValueError, match=r"mask must hold .* here \(5, 6\), got \(6,\)"):
+        masked_moments(values, mask[0])
+    with pytest.raises(ValueError, match=r"mask must hold .* here \(5, 6\), got \(6,\)"):
+        normalized(values, mask[0], masked_moments(values, mask))
+    with pytest.raises(ValueError, match=r"moments must hold count, sum and sum of squares, here \(3,\), got \(2,\)"):
+        normalized(values, mask, torch.zeros(2))
