@@ -20,7 +20,8 @@ from remax_lightning.callbacks.resume_check import check_model, flat
 from remax_lightning.callbacks.safe_checkpoint_io import check_complete, newest_complete, read_checkpoint
 from remax_lightning.data.toy import write_world
 from remax_lightning.evaluation.report import report
-from remax_lightning.modules.base import TrainableModule, unsupported_strategy
+from remax_lightning.modules.base import TrainableModule
+from remax_lightning.modules.supported import unsupported_strategy
 from remax_lightning.plan import print_plan
 
 FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}

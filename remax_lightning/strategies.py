@@ -3,10 +3,10 @@
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import (
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from remax_lightning.callbacks.checkpoint_folder import load_folder
 from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
 from remax_lightning.models.optimizer_state import named, numbered
 from remax_lightning.models.parallelize import Sharding
@@ -119,21 +120,21 @@ class FSDP2Strategy(ModelParallelStrategy):
         options = StateDictOptions(strict=self.lightning_module.strict_loading)
         if path.is_dir():
             checkpoint = self._safe_io.describe(path)
-            states: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
-            for number, optimizer in enumerate(self.optimizers):
-                states[f"optimizer_{number}"] = get_optimizer_state_dict(self.model, optimizer)
-            dcp.load(states, checkpoint_id=path)
+            state = get_model_state_dict(self.model)
+            live = [get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers]
+            states = load_folder(path, state, live)
         else:
             checkpoint = self._safe_io.load_checkpoint(path)
             options.full_state_dict = True
-            states = {"state_dict": checkpoint["state_dict"]}
+            state = checkpoint["state_dict"]
             names = {id(value): name for name, value in self.lightning_module.named_parameters()}
-            for number, optimizer in enumerate(self.optimizers):
+            states = []
+            for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
                 groups = [[names[id(value)] for value in group["params"]] for group in optimizer.param_groups]
-                states[f"optimizer_{number}"] = named(checkpoint["optimizer_states"][number], groups)
-        set_model_state_dict(self.model, states.pop("state_dict"), options=options)
-        for optimizer, state in zip(self.optimizers, states.values(), strict=True):
-            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+                states.append(named(saved, groups))
+        set_model_state_dict(self.model, state, options=options)
+        for optimizer, each in zip(self.optimizers, states, strict=True):
+            set_optimizer_state_dict(self.model, optimizer, cast(Any, each), options=options)
         return checkpoint
 
     @property
@@ -145,7 +146,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         device_type, group = self.root_device.type, self.world_size // self.replicas
         if self.replicas == 1:
             return init_device_mesh(device_type, (group,), mesh_dim_names=("shard",))
-        return init_device_mesh(device_type, (self.replicas, group), mesh_dim_names=("replicate", "shard"))
+        # groups that wait as long as the processes do; those that a mesh makes itself do not
+        ranks = torch.arange(self.world_size).view(self.replicas, group)
+        groups = [
+            dist.new_subgroups_by_enumeration(lists.tolist(), timeout=self._timeout)[0] for lists in (ranks.T, ranks)
+        ]
+        return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallelism by FSDP2")

@@ -1,5 +1,6 @@
 """Rewards that the tests name by their import paths."""
 
+import os
 from collections.abc import Sequence
 
 seen: list[dict[str, object]] = []
@@ -20,6 +21,10 @@ def halves(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
 
 def constant(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
     return [1.0 for _ in responses]
+
+
+def by_process(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
+    return [float(os.environ["RANK"])] * len(responses)
 
 
 def share_of_e(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:

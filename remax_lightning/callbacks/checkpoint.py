@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from remax_lightning.callbacks.loop_state import StepEnd, begin_epoch_anew
 from remax_lightning.callbacks.resume_check import check_configuration, check_model, fingerprint
 from remax_lightning.callbacks.safe_checkpoint_io import (
-    SUFFIX,
     SafeCheckpointIO,
     add_score,
+    free_name,
     manifests,
     newest_complete,
     remove_partial,
@@ -77,6 +77,7 @@ class Checkpoint(ModelCheckpoint):
         self.end: StepEnd | None = None
         self.is_whole = True
         self.saved_batches = 0
+        self.begun_at = 0  # the step that this process began with
 
     @property
     def state_key(self) -> str:
@@ -122,7 +123,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with nothing to save; from here on SIGTERM is heard."""
-        self.end, self.is_whole, self.saved_batches = None, True, 0
+        self.end, self.is_whole, self.saved_batches, self.begun_at = None, True, 0, trainer.global_step
         begin_epoch_anew(trainer)
         if trainer.is_global_zero:
             remove_partial(self.folder)
@@ -136,8 +137,10 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Note the state, and save it when it is time."""
         with self.termination.waiting():
+            before = self.begun_at if self.end is None else self.end.step
             self.end, self.is_whole = StepEnd.of(trainer), True
-            if self.saves_by_step and trainer.global_step % self._every_n_train_steps == 0:
+            # a batch may have taken several steps
+            if self.saves_by_step and self.end.step // self._every_n_train_steps > before // self._every_n_train_steps:
                 self._save(trainer)
         self._end_if_any_is_told_to(trainer)
 
@@ -172,9 +175,10 @@ class Checkpoint(ModelCheckpoint):
         if self.is_whole and self._is_unsaved(trainer) and self._saves_alone(trainer):
             try:
                 checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-                trainer.strategy.save_checkpoint(checkpoint, self._path)
-                self._after_save(trainer)
-                rank_zero_info(f"{type(exception).__name__}: the state is saved as {self._path}")
+                path = self._free_path()
+                trainer.strategy.save_checkpoint(checkpoint, path)
+                self._after_save(trainer, path)
+                rank_zero_info(f"{type(exception).__name__}: the state is saved as {path}")
             except Exception as error:
                 rank_zero_warn(f"the state after the last finished step could not be saved: {error}")
         if isinstance(exception, Terminated):
@@ -185,13 +189,15 @@ class Checkpoint(ModelCheckpoint):
         """Process 0 holds all the state, and needs no other to save it."""
         return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
 
-    @property
-    def _path(self) -> str:
+    def _free_path(self) -> str:
         assert self.end is not None
-        return str(self.folder / f"step={self.end.step}{SUFFIX}")
+        return str(free_name(self.folder, self.end.step))
 
     def _is_unsaved(self, trainer: Trainer) -> bool:
-        return self.end is not None and self.end.batches != self.saved_batches and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        """Whether there is something to save; before the first optimizer step there is not."""
+        if self.end is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return False
+        return self.end.step > 0 and self.end.batches != self.saved_batches
 
     def _save_unless_by_step(self, trainer: Trainer) -> None:
         """Save, where saves are not set by the step alone; and rate what is saved."""
@@ -201,13 +207,14 @@ class Checkpoint(ModelCheckpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if self._is_unsaved(trainer):
-            trainer.save_checkpoint(self._path, self.save_weights_only)
-            self._after_save(trainer)
+            path = trainer.strategy.broadcast(self._free_path())
+            trainer.save_checkpoint(path, self.save_weights_only)
+            self._after_save(trainer, path)
 
-    def _after_save(self, trainer: Trainer) -> None:
+    def _after_save(self, trainer: Trainer, path: str) -> None:
         assert self.end is not None
         self.saved_batches = self.end.batches
-        self.last_model_path = self._last_checkpoint_saved = self._path
+        self.last_model_path = self._last_checkpoint_saved = path
         if trainer.is_global_zero:
             self._prune(trainer)
             for logger in trainer.loggers:
@@ -215,7 +222,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _rate(self, trainer: Trainer) -> None:
         """Note the monitored metric of the checkpoint just saved."""
-        if self.monitor is None or self.end is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.monitor is None or self.saved_batches == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.monitor not in trainer.callback_metrics:
             names = ", ".join(sorted(trainer.callback_metrics))
@@ -223,7 +230,7 @@ class Checkpoint(ModelCheckpoint):
                 f"checkpoint.monitor must be a metric that is logged, got {self.monitor}; there are {names}"
             )
         if trainer.is_global_zero:
-            add_score(self._path, self.monitor, float(trainer.callback_metrics[self.monitor]))
+            add_score(self.last_model_path, self.monitor, float(trainer.callback_metrics[self.monitor]))
             self._prune(trainer)
 
     def _prune(self, trainer: Trainer) -> None:

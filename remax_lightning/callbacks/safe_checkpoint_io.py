@@ -6,6 +6,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,15 +15,22 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.distributed.checkpoint import CheckpointException
 
 from remax_lightning.callbacks.checkpoint_folder import (
     describe_folder,
     folder_size_and_digest,
     read_folder,
-    write_folder,
+    together,
+    write_part,
 )
-from remax_lightning.callbacks.synced_file import remove, size_and_digest, sync_folder, write_synced
+from remax_lightning.callbacks.synced_file import (
+    failing_together,
+    remove,
+    size_and_digest,
+    sync_folder,
+    unwritten,
+    write_synced,
+)
 
 SUFFIX, MANIFEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".json", ".partial"
 
@@ -64,7 +72,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         self.run = ""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint and its manifest; of both, the new file or the old one is there at any time.
+        """Write a checkpoint and its manifest, whole or not at all.
 
         Raises:
             OSError: If the file could not be written, with what was there before intact.
@@ -78,13 +86,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
         except BaseException as error:
             remove(partial)
             if isinstance(error, OSError):
-                raise _unwritten(path, error) from error
+                raise unwritten(path, error) from error
             raise
 
     def save_split(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Write a checkpoint of which each process has a part, as a folder, and its manifest; collective.
-
-        Until the new folder is in place, an older one of the same name stays.
 
         Raises:
             OSError: In all processes, if one of them could not write its part.
@@ -92,33 +98,33 @@ class SafeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         partial = path.with_name(path.name + PARTIAL_SUFFIX)
         is_first = dist.get_rank() == 0
-        failure: list[OSError | None] = [None]
         try:
+            with failing_together(path):
+                if is_first:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    remove(partial)
+            with failing_together(path):
+                files = write_part(checkpoint, partial)
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, files)
+            with failing_together(path):
+                if is_first:
+                    size, sha256 = together({name: value for part in parts for name, value in part.items()})
+                    self._put_in_place(checkpoint, size, sha256, partial, path)
+        except OSError:
             if is_first:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                remove(partial)
-            dist.barrier()
-            size, sha256 = write_folder(checkpoint, partial)
-            if is_first:
-                self._put_in_place(checkpoint, size, sha256, partial, path)
-        except (OSError, CheckpointException) as error:
-            failure[0] = _unwritten(path, error)
-        dist.broadcast_object_list(failure)
-        if failure[0] is not None:
-            if is_first:
-                remove(partial)
-            raise failure[0]
+                with suppress(OSError):
+                    remove(partial)
+            raise
 
     def _put_in_place(self, checkpoint: dict[str, Any], size: int, sha256: str, partial: Path, path: Path) -> None:
         """Write the manifest and give what was written its name."""
         step = int(checkpoint.get("global_step", 0))
         write_manifest(path, Manifest(size, sha256, step, saved_at=time.time_ns(), run=self.run))
-        old = path.with_name(f"{path.name}.old{PARTIAL_SUFFIX}")
-        if path.is_dir():  # which cannot be replaced at once
-            os.rename(path, old)
+        if path.is_dir():
+            remove(path)  # it is of no use, see free_name
         os.replace(partial, path)
         sync_folder(path.parent)
-        remove(old)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -170,6 +176,15 @@ def read_manifest(path: str | Path) -> Manifest | None:
         return Manifest(**json.loads(manifest_path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def free_name(folder: Path, step: int) -> Path:
+    """A name for a checkpoint that no complete one has: nothing that could be needed is ever replaced."""
+    number, path = 1, folder / f"step={step}{SUFFIX}"
+    while (manifest := read_manifest(path)) is not None and path.exists() and fault(path, manifest) is None:
+        number += 1
+        path = folder / f"step={step}-{number}{SUFFIX}"
+    return path
 
 
 def add_score(path: str | Path, name: str, value: float) -> None:
@@ -266,15 +281,6 @@ def _read(path: str | Path, read: Callable[[str | Path], dict[str, Any]]) -> dic
             f"the checkpoint {path} cannot be read as tensors and plain types ({reason}); it is corrupt or not a "
             "checkpoint of this project: give another one, or last for the newest"
         ) from error
-
-
-def _unwritten(path: Path, error: BaseException) -> OSError:
-    reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
-    return OSError(
-        error.errno if isinstance(error, OSError) else None,
-        f"the checkpoint {path} could not be written ({reason}); those written before it are intact: make room or give "
-        "another checkpoint.dirpath, and resume with --ckpt_path last",
-    )
 
 
 def remove_partial(folder: str | Path) -> None:

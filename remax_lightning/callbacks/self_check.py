@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -124,6 +124,23 @@ class Draw:
         both = [module.reward(prompts, module.texts(each), **columns) for each in (self.sampled, self.greedy)]
         return torch.cat(both)
 
+    @cached_property
+    def finite_rewards(self) -> tuple[int, int, float, float]:
+        """Over all processes: how many rewards there are, how many of them are finite, the lowest and the highest."""
+        values = self.rewards.double()
+        finite = values.isfinite()
+        found = [
+            self.trainer.strategy.reduce(value, reduce_op=operation)
+            for value, operation in (
+                (torch.ones_like(values).sum(), "sum"),
+                (finite.double().sum(), "sum"),
+                (values.masked_fill(~finite, float("inf")).amin(), "min"),
+                (values.masked_fill(~finite, float("-inf")).amax(), "max"),
+            )
+        ]
+        count, num_finite, lowest, highest = (float(cast(Tensor, each)) for each in found)
+        return int(count), int(num_finite), lowest, highest
+
     def difference(self, log_probs: Tensor) -> float:
         """Mean absolute difference from the training log-probs over response tokens, nats."""
         return float((log_probs - self.log_probs).abs()[self.sampled.response_mask].mean())
@@ -215,24 +232,22 @@ def double_bos_problem(draw: Draw) -> str | None:
 
 def rewards_problem(draw: Draw) -> str | None:
     """Whether there is a reward to learn from; a few rows without one are dropped in training, too."""
-    values = draw.rewards
-    num_bad = int((~torch.isfinite(values)).sum())
-    if num_bad == len(values):
-        return f"none of {num_bad} rewards is finite; mend the reward"
-    if num_bad:
-        rank_zero_warn(f"self-check: {num_bad} of {len(values)} rewards are not finite; such rows are dropped")
+    count, num_finite, *_ = draw.finite_rewards
+    if num_finite == 0:
+        return f"none of {count} rewards is finite; mend the reward"
+    if num_finite < count:
+        rank_zero_warn(f"self-check: {count - num_finite} of {count} rewards are not finite; such rows are dropped")
     return None
 
 
 def equal_rewards_problem(draw: Draw) -> str | None:
     """Whether rewards tell responses apart."""
-    values = draw.rewards
-    values = values[torch.isfinite(values)]
-    if len(values) == 0 or bool((values != values[0]).any()):
+    _, num_finite, lowest, highest = draw.finite_rewards
+    if num_finite == 0 or lowest < highest:
         return None
     return (
-        f"all {len(values)} rewards are {float(values[0]):.4g}, from which nothing is learned; look at the "
-        "reward, or leave this check out by self_check.skip=[equal_rewards] if a difference is rare at first"
+        f"all {num_finite} rewards are {lowest:.4g}, from which nothing is learned; look at the reward, or leave this "
+        "check out by self_check.skip=[equal_rewards] if a difference is rare at first"
     )
 
 

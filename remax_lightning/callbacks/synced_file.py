@@ -3,9 +3,13 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 
 class HashedFile:
@@ -70,3 +74,28 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def failing_together(path: Path) -> Iterator[None]:
+    """Raise in all processes what is raised in one of them; collective."""
+    failure: OSError | None = None
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        failure = unwritten(path, error)
+    failures: list[OSError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for each in failures:
+        if each is not None:
+            raise each
+
+
+def unwritten(path: Path, error: BaseException) -> OSError:
+    """What to say of a checkpoint that could not be written."""
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+    return OSError(
+        error.errno if isinstance(error, OSError) else None,
+        f"the checkpoint {path} could not be written ({reason}); those written before it are intact: make room or give "
+        "another checkpoint.dirpath, and resume with --ckpt_path last",
+    )

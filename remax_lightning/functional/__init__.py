@@ -4,7 +4,6 @@ from remax_lightning.functional.advantages import (
     KLForm,
     baseline_advantages,
     check_baseline_arguments,
-    check_remax_arguments,
     leave_one_out,
     leave_one_out_baselines,
     masked_moments,
@@ -18,9 +17,8 @@ from remax_lightning.functional.fused_head import (
     fused_policy_gradient_loss,
 )
 from remax_lightning.functional.keyed_random import keyed_uniforms, row_keys
-from remax_lightning.functional.log_probs import entropy, kl_k1, kl_k2, kl_k3, masked_mean, token_log_probs
+from remax_lightning.functional.log_probs import KLEstimator, entropy, kl_k1, kl_k2, kl_k3, masked_mean, token_log_probs
 from remax_lightning.functional.losses import (
-    KLEstimator,
     bradley_terry_loss,
     clipped_policy_loss,
     kl_penalty_loss,
@@ -52,7 +50,6 @@ __all__ = [
     "baseline_advantages",
     "bradley_terry_loss",
     "check_baseline_arguments",
-    "check_remax_arguments",
     "clipped_policy_loss",
     "discounted_returns",
     "entropy",

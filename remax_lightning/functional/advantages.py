@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional._checks import require_gamma, require_kl_coef, require_shape
+from remax_lightning.functional.log_probs import KLEstimator
 from remax_lightning.functional.returns import token_kl
 
 KLForm = Literal["full_step", "one_step"]
@@ -21,6 +22,7 @@ def baseline_advantages(
     ref_log_probs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_form: KLForm = "full_step",
+    kl_estimator: KLEstimator = "k1",
     gamma: float = 1.0,
     reward_clip: float | None = None,
 ) -> Tensor:
@@ -42,6 +44,7 @@ def baseline_advantages(
         ref_log_probs: The same under the reference, (B, T); needed if kl_coef > 0.
         kl_coef: Weight of the KL penalty, in reward per nat.
         kl_form: Which of the two penalties.
+        kl_estimator: What k_h is: k1 as above; with k2 and k3 neither form is the exact gradient.
         gamma: Discount per token of the reward, in (0, 1]; the last token's reward part is already discounted once.
             The KL penalty is not discounted.
         reward_clip: Bound on |rewards - baselines|, in reward; None for no bound.
@@ -71,7 +74,7 @@ def baseline_advantages(
     tokens_to_go = _reverse_cumsum(response_mask.to(dtype))  # (B, T), 1 at the last response token
     advantages = differences.unsqueeze(-1) * gamma**tokens_to_go
     if kl_coef > 0:
-        penalties = token_kl(log_probs, ref_log_probs, response_mask)
+        penalties = token_kl(log_probs, ref_log_probs, response_mask, kl_estimator)
         advantages = advantages - kl_coef * (_reverse_cumsum(penalties) if kl_form == "full_step" else penalties)
     return advantages.masked_fill(~response_mask, 0.0)
 
@@ -102,7 +105,6 @@ def check_baseline_arguments(kl_coef: float, kl_form: str, gamma: float, reward_
 
 # ReMax: the baselines are the rewards of the greedy responses.
 remax_advantages = baseline_advantages
-check_remax_arguments = check_baseline_arguments
 
 
 @torch.no_grad()

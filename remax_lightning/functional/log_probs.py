@@ -3,6 +3,9 @@
 Everything is in nats. Half-precision logits are taken to float32 first; float64 stays float64.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -119,3 +122,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
         Scalar in the unit of the values; 0 for an empty mask.
     """
     return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+KLEstimator = Literal["k1", "k2", "k3"]
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}

@@ -1,16 +1,12 @@
 """Losses: policy gradient with and without a clip, values, KL penalty, and Bradley-Terry of reward models."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from remax_lightning.functional._checks import require_clip_range, require_shape
-from remax_lightning.functional.log_probs import kl_k1, kl_k2, kl_k3
+from remax_lightning.functional.log_probs import KL_ESTIMATORS, KLEstimator
 
-KLEstimator = Literal["k1", "k2", "k3"]
-_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 PER_TOKEN = "one value per token of log_probs, (B, T)"
 
 
@@ -171,14 +167,15 @@ def kl_penalty_loss(
     Reference: Schulman 2020, joschu.net/blog/kl-approx.html, for the values; Tang and Munos 2025, arXiv 2506.09477, for
         the gradients.
     """
-    if estimator not in _ESTIMATORS:
+    if estimator not in KL_ESTIMATORS:
         raise ValueError(
-            f"estimator must be one of {', '.join(_ESTIMATORS)}, got {estimator!r}; use k2 for the gradient of the KL."
+            f"estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}; "
+            "use k2 for the gradient of the KL."
         )
     require_shape(log_probs.shape, PER_TOKEN, ref_log_probs=ref_log_probs, response_mask=response_mask)
     # Filled before the estimator: the gradient of the exp of a padding of infinity would be NaN.
     pair = (each.masked_fill(~response_mask, 0.0) for each in (log_probs, ref_log_probs.detach()))
-    return _ESTIMATORS[estimator](*pair).sum() / _divisor(response_mask, num_tokens)
+    return KL_ESTIMATORS[estimator](*pair).sum() / _divisor(response_mask, num_tokens)
 
 
 def _divisor(response_mask: Tensor, num_tokens: float | Tensor | None) -> float | Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remax_lightning.functional._checks import require_gamma, require_kl_coef, require_shape
-from remax_lightning.functional.log_probs import kl_k1
+from remax_lightning.functional.log_probs import KL_ESTIMATORS, KLEstimator
 
 PER_TOKEN = "one value per token of response_mask, (B, T)"
 
@@ -21,6 +21,7 @@ def kl_token_rewards(
     log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k1",
 ) -> Tensor:
     """The response's reward at its last token, less a KL penalty at every token.
 
@@ -32,7 +33,8 @@ def kl_token_rewards(
         response_mask: True where the policy chose the token, the stop token included, (B, T) bool.
         log_probs: Log-probabilities of the sampled tokens under the policy, in nats, (B, T); needed if kl_coef > 0.
         ref_log_probs: The same under the reference, (B, T); needed if kl_coef > 0.
-        kl_coef: Weight of the KL penalty, in reward per nat; the penalty is estimator k1.
+        kl_coef: Weight of the KL penalty, in reward per nat.
+        kl_estimator: Of a token's KL; with k2 and k3 the weights are not those of the exact gradient.
 
     Returns:
         Rewards without gradient, (B, T), float32 or float64; 0 outside the mask, whatever the inputs hold there.
@@ -49,12 +51,14 @@ def kl_token_rewards(
     is_last = response_mask & (response_mask.flip(-1).cumsum(-1).flip(-1) == 1)
     token_rewards = rewards.to(dtype).unsqueeze(-1).expand(is_last.shape).masked_fill(~is_last, 0.0)
     if kl_coef > 0:
-        token_rewards = token_rewards - kl_coef * token_kl(log_probs, ref_log_probs, response_mask)
+        token_rewards = token_rewards - kl_coef * token_kl(log_probs, ref_log_probs, response_mask, kl_estimator)
     return token_rewards
 
 
-def token_kl(log_probs: Tensor | None, ref_log_probs: Tensor | None, mask: Tensor) -> Tensor:
-    """Estimator k1 of each token in nats, (B, T), 0 outside the mask, for a penalty that cannot do without it.
+def token_kl(
+    log_probs: Tensor | None, ref_log_probs: Tensor | None, mask: Tensor, estimator: KLEstimator = "k1"
+) -> Tensor:
+    """An estimate of each token's KL in nats, (B, T), 0 outside the mask, for a penalty that cannot do without it.
 
     Raises:
         ValueError: If one of the log-probabilities is missing.
@@ -66,7 +70,7 @@ def token_kl(log_probs: Tensor | None, ref_log_probs: Tensor | None, mask: Tenso
         raise ValueError(
             f"kl_coef > 0 requires both log_probs and ref_log_probs, got no {missing}; pass them or set kl_coef=0."
         )
-    return kl_k1(log_probs, ref_log_probs).masked_fill(~mask, 0.0)  # padding may be NaN
+    return KL_ESTIMATORS[estimator](log_probs, ref_log_probs).masked_fill(~mask, 0.0)  # padding may be NaN
 
 
 @torch.no_grad()

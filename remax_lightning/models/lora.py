@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -156,6 +156,14 @@ def initial_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     return values
+
+
+def leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take parameters that are not trained out of the state of a module; they are loaded from where they came from."""
+    frozen = {id(value) for value in module.parameters() if not value.requires_grad}
+    for name, value in module.named_parameters(remove_duplicate=False):
+        if id(value) in frozen:
+            state.pop(prefix + name, None)
 
 
 @contextmanager

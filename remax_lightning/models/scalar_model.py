@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from remax_lightning.functional.sequence import last_token_index
@@ -101,3 +101,32 @@ def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     finally:
         config.pad_token_id = pad_token_id
     return output.logits[:, label].float()
+
+
+def scalar_head(model: nn.Module) -> nn.Linear:
+    """The head of a sequence-classification model with one label.
+
+    Raises:
+        ValueError: If no linear layer of it has one output.
+    """
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
+    if not heads:
+        raise ValueError(f"{type(model).__name__} has no linear layer with one output, so it cannot be a value model")
+    return heads[-1]
+
+
+def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Value of what comes before each token where the mask is True, (N,), float32, row by row; with gradient.
+
+    Args:
+        model: Sequence-classification model with one label; its head is read at every position.
+        ids: Right-padded sequences, (B, L).
+        mask: True at N tokens, none of them the first of its row, (B, L) bool.
+    """
+    found: list[Tensor] = []
+    handle = scalar_head(model).register_forward_hook(lambda _, __, output: found.append(output))
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        handle.remove()
+    return found[0][:, :-1, 0][mask[:, 1:]].float()

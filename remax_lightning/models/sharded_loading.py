@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from remax_lightning.models.language_model import freeze
 from remax_lightning.models.lora import LoRA, add_lora, initial_adapter
-from remax_lightning.models.parallelize import Sharding, shard, whole
+from remax_lightning.models.parallelize import Sharding, shard, sharded_units, whole
 from remax_lightning.models.source import ModelSource
 
 Loader = Callable[..., PreTrainedModel]
@@ -68,9 +68,11 @@ def load_sharded(
     shard(model, sharding, frozen=frozen)
     allocate(model, base, sharding, frozen=frozen)
     stored = {name: value for name, value in model.named_parameters() if not is_adapter(name)}
-    if keys is not None and len({base_name(name) for name in stored}) == len(stored):
+    if keys is not None:
         slices = {keys[base_name(name)]: value.detach() for name, value in stored.items()}
         dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(weights_folder(source))))
+        for name, value in stored.items():  # a head that is trained beside adapters is there twice
+            value.detach().copy_(slices[keys[base_name(name)]])
     else:
         hand_out(whole_state(load, source), model)
     for name, value in model.named_parameters():
@@ -177,7 +179,9 @@ def hand_out(state: dict[str, Tensor] | None, model: nn.Module) -> None:
         if not is_adapter(name):
             assert isinstance(value, DTensor)
             device = value.device_mesh.device_type
-            full = torch.empty(value.shape) if state is None else state[base_name(name)]
+            full = (
+                torch.empty(value.shape, dtype=value.dtype, device=device) if state is None else state[base_name(name)]
+            )
             copy_slice(full.to(device, value.dtype), value, from_process_0=True)
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
@@ -220,6 +224,8 @@ def whole_copy(model: nn.Module, structure: Callable[[], PreTrainedModel]) -> Pr
     Returns:
         The copy in process 0, None in the others.
     """
+    for unit in sharded_units(model):
+        unit.reshard()  # what a forward pass has left gathered is in the type of the computation
     copy = structure().to_empty(device="cpu") if dist.get_rank() == 0 else None
     for part in (nn.Module.named_parameters, nn.Module.named_buffers):
         targets = {} if copy is None else dict(part(copy, remove_duplicate=False))

@@ -1,8 +1,12 @@
 """The LightningModules."""
 
+from remax_lightning.modules.kl_control import KLControl
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
+from remax_lightning.modules.ppo import PPO
+from remax_lightning.modules.reinforce import Reinforce
 from remax_lightning.modules.remax import ReMax
 from remax_lightning.modules.reward_model import RewardModel
+from remax_lightning.modules.rloo import RLOO
 from remax_lightning.modules.sft import SFT
 
-__all__ = ["SFT", "PolicyGradientModule", "ReMax", "RewardModel"]
+__all__ = ["PPO", "RLOO", "SFT", "KLControl", "PolicyGradientModule", "ReMax", "Reinforce", "RewardModel"]

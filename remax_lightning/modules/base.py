@@ -4,23 +4,24 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from remax_lightning.models.lora import LoRA, add_lora, check_quantization
+from remax_lightning.models.lora import LoRA, add_lora, check_quantization, leave_out_frozen
 from remax_lightning.models.parallelize import Sharding, checkpoint_activations, sync_gradients, whole
-from remax_lightning.models.sharded_loading import Loader, load_sharded, peak_host_memory, structure, whole_copy
+from remax_lightning.models.sharded_loading import Loader, load_sharded, peak_host_memory, whole_copy
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.means import Means
+from remax_lightning.modules.optimizers import parameter_groups
+from remax_lightning.modules.supported import check_trainer
 
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 MAX_SKIPPED_STEPS = 10
@@ -73,7 +74,6 @@ class TrainableModule(LightningModule):
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.max_grad_norm, self.activation_checkpointing = max_grad_norm, activation_checkpointing
         self.lora = lora
-        self._structure: Callable[[], PreTrainedModel] | None = None  # of a model that is split over processes
         self.strict_loading = lora is None  # a checkpoint holds only what is trained
         self.register_state_dict_post_hook(leave_out_frozen)
         self.sharding: Sharding | None = None  # set by a strategy that splits models over processes
@@ -88,21 +88,22 @@ class TrainableModule(LightningModule):
     def trained_model(self) -> PreTrainedModel:
         """The model that the optimizer updates and that is exported."""
 
+    @property
+    def trained_models(self) -> dict[str, PreTrainedModel]:
+        """All models that the optimizer updates, each with what its metrics are prefixed with."""
+        return {"": self.trained_model}
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps that are taken on each batch."""
+        return 1
+
     def setup(self, stage: str) -> None:
         """Refuse what this loop cannot do right."""
-        strategy, precision = self.trainer.strategy, self.trainer.precision
-        if precision == "16-mixed":
-            raise ValueError("precision 16-mixed scales the loss, which this loop does not undo; use bf16-mixed")
-        if self.sharding is None and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise unsupported_strategy(type(strategy).__name__)
-        if self.sharding is not None and precision != "32-true":
-            raise ValueError(
-                f"under fsdp2 trainer.precision must be 32-true, the type of what is kept, got {precision}; the type "
-                "of the computation is trainer.strategy.compute_dtype"
-            )
+        check_trainer(self.trainer, is_split=self.sharding is not None)
 
     def load(self, load: Loader, source: ModelSource) -> PreTrainedModel:
-        """The model to train: with adapters, split over processes and with checkpointed activations, as configured.
+        """A model to train: with adapters, split over processes and with checkpointed activations, as configured.
 
         Args:
             load: Loads the model of a source.
@@ -110,7 +111,6 @@ class TrainableModule(LightningModule):
         """
         check_quantization(source, self.lora)
         if self.sharding is not None:
-            self._structure = partial(structure, load, source, self.lora)
             model = load_sharded(load, source, self.sharding, lora=self.lora)
             peaks = ", ".join(f"{peak:.2f}" for peak in peak_host_memory())
             rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by process, GiB: {peaks}")
@@ -122,20 +122,30 @@ class TrainableModule(LightningModule):
             checkpoint_activations(model)
         return model.train()
 
+    @abstractmethod
+    def structure(self) -> PreTrainedModel:
+        """The trained model on the meta device."""
+
     def whole_model(self) -> PreTrainedModel | None:
         """The trained model in one piece, for export: if it is split over processes a copy, in process 0 alone."""
-        return self.trained_model if self._structure is None else whole_copy(self.trained_model, self._structure)
+        return self.trained_model if self.sharding is None else whole_copy(self.trained_model, self.structure)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over two groups of parameters, and the schedule of its learning rate."""
-        optimizer = self.optimizer(cast(Iterable[nn.Parameter], parameter_groups(self.trained_model)))
+        """The optimizer over groups of parameters, and the schedule of its learning rate."""
+        optimizer = self.optimizer(cast(Iterable[nn.Parameter], self.parameter_groups()))
         total = self._total_steps() if self.lr_schedule != "constant" or self.warmup_fraction > 0 else 0
         name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
         scheduler = get_scheduler(name, optimizer, int(self.warmup_fraction * total), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters of all trained models in groups, as optimizers take them."""
+        return [group for model in self.trained_models.values() for group in parameter_groups(model)]
+
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
+        if self.trainer.max_steps == -1:  # batches; otherwise optimizer steps
+            steps *= self.updates_per_batch
         if steps == float("inf") or steps < 0:
             raise ValueError(
                 f"lr_schedule={self.lr_schedule} with warmup_fraction={self.warmup_fraction} needs to know the number "
@@ -143,7 +153,7 @@ class TrainableModule(LightningModule):
             )
         return int(steps)
 
-    def update(self, lengths: Tensor, loss: Callable[[Tensor], Tensor], num_terms: Tensor) -> None:
+    def update(self, lengths: Tensor, losses: Callable[[Tensor], Iterable[Tensor]], num_terms: Tensor) -> None:
         """One optimizer step on a batch, in micro-batches: the only one in the project.
 
         A step with nothing to learn from or with a gradient that is not finite is skipped and counted, by all
@@ -151,7 +161,8 @@ class TrainableModule(LightningModule):
 
         Args:
             lengths: Tokens of each row of this process's batch, (B,).
-            loss: From row indices to their summed loss, divided by ``num_terms``.
+            losses: From row indices to the summed loss, divided by ``num_terms``, of each of the trained models; a loss
+                is computed when the backward pass of the one before it is done.
             num_terms: Number of :meth:`terms_per_process`; 0 if every row was dropped.
 
         Raises:
@@ -162,11 +173,12 @@ class TrainableModule(LightningModule):
         num_passes = self._most_of_processes(len(micro_batches))
         for number in range(num_passes):
             with self._gradient_sync(is_last=number == num_passes - 1):
-                self.manual_backward(loss(micro_batches[number]) if number < len(micro_batches) else self._no_loss())
-        max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = whole(nn.utils.clip_grad_norm_(self.trained_model.parameters(), max_norm))
-        is_usable = self.accepts_step() and bool(torch.isfinite(norm) & (num_terms > 0))
-        self.train_means.add("grad_norm", norm)
+                for loss in losses(micro_batches[number]) if number < len(micro_batches) else self._no_losses():
+                    self.manual_backward(loss)
+        norms = {name: self._clip(model) for name, model in self.trained_models.items()}
+        is_usable = self.accepts_step() and bool(torch.stack(list(norms.values())).isfinite().all() & (num_terms > 0))
+        for name, norm in norms.items():
+            self.train_means.add(f"{name}grad_norm", norm)
         self.train_means.add("steps_skipped", torch.tensor(0.0 if is_usable else 1.0, device=self.device))
         self.train_means.add("learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device))
         if is_usable:
@@ -174,6 +186,11 @@ class TrainableModule(LightningModule):
             self.lr_schedulers().step()  # type: ignore[union-attr]
         optimizer.zero_grad()
         self._count_skipped(is_usable)
+
+    def _clip(self, model: PreTrainedModel) -> Tensor:
+        """Scale a model's gradient down to the largest norm; its norm before."""
+        max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
     def accepts_step(self) -> bool:
         """False skips the step, though its gradient is finite; all processes have to agree."""
@@ -195,7 +212,8 @@ class TrainableModule(LightningModule):
     def _gradient_sync(self, is_last: bool) -> Any:
         """Processes exchange gradients once a step, after the last micro-batch."""
         if self.sharding is not None:
-            sync_gradients(self.trained_model, self.sharding, is_last=is_last)
+            for model in self.trained_models.values():
+                sync_gradients(model, self.sharding, is_last=is_last)
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not is_last else nullcontext()
 
@@ -206,11 +224,12 @@ class TrainableModule(LightningModule):
         counts = torch.tensor(count, device=self.device)
         return int(cast(Tensor, self.trainer.strategy.reduce(counts, reduce_op="max")))
 
-    def _no_loss(self) -> Tensor:
-        """A loss of 0 through all parameters: the part of this process in another one's micro-batch."""
+    def _no_losses(self) -> Iterator[Tensor]:
+        """Losses of 0 through all parameters: the part of this process in another one's micro-batch."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        outputs = self.trained_model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
-        return (outputs.logits * 0.0).sum()
+        for model in self.trained_models.values():
+            logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
+            yield (logits * 0.0).sum()
 
     def _count_skipped(self, is_usable: bool) -> None:
         self.skipped_in_a_row = 0 if is_usable else self.skipped_in_a_row + 1
@@ -229,8 +248,11 @@ class TrainableModule(LightningModule):
         Strategies average gradients over processes; losses divided by this number then add up to the mean over all
         terms of the global batch, whatever their split over processes and micro-batches.
         """
-        total = cast(Tensor, self.trainer.strategy.reduce(count.double(), reduce_op="sum"))
-        return total / self.trainer.world_size
+        return self.sum_of_processes(count) / self.trainer.world_size
+
+    def sum_of_processes(self, values: Tensor) -> Tensor:
+        """Values added over all processes, float64."""
+        return cast(Tensor, self.trainer.strategy.reduce(values.double(), reduce_op="sum"))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -240,13 +262,19 @@ class TrainableModule(LightningModule):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def log_training(self, progress: Iterable[str]) -> None:
-        """Log the step's means over all processes under ``train/`` and the seconds of its phases under ``time/``."""
-        for name, value in self.train_means.compute().items():
+    def log_training(self, progress: Iterable[str]) -> dict[str, Tensor]:
+        """Log the step's means over all processes under ``train/`` and the seconds of its phases under ``time/``.
+
+        Returns:
+            The means.
+        """
+        means = self.train_means.compute()
+        for name, value in means.items():
             self.log(f"train/{name}", value, prog_bar=name in set(progress), batch_size=1)
         for name, seconds in self.seconds.items():
             self.log(f"time/{name}", seconds, batch_size=1)
         self.seconds = {}
+        return means
 
     def log_evaluation(self, stage: str) -> None:
         """Log the means over all batches of an evaluation."""
@@ -260,28 +288,3 @@ class TrainableModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log what the test found."""
         self.log_evaluation("test")
-
-
-def unsupported_strategy(name: str) -> ValueError:
-    """The refusal of a strategy that manual optimization is wrong or fails with."""
-    return ValueError(
-        f"trainer.strategy must be auto, ddp or fsdp2, got {name}; to split a model over several devices use fsdp2 "
-        "(FSDP1 and DeepSpeed do not work with manual optimization)"
-    )
-
-
-def leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Take parameters that are not trained out of the state of a module; they are loaded from where they came from."""
-    frozen = {id(value) for value in module.parameters() if not value.requires_grad}
-    for name, value in module.named_parameters(remove_duplicate=False):
-        if id(value) in frozen:
-            state.pop(prefix + name, None)
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, and norms and biases, which no weight decay pulls to zero."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1]},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]

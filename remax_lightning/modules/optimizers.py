@@ -32,6 +32,15 @@ def can_be_fused(params: Iterable[Any]) -> bool:
     return all(parameter.device.type == "cuda" and parameter.is_floating_point() for parameter in parameters)
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, and norms and biases, which no weight decay pulls to zero."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
 def policy_gradient_adamw(params: Parameters) -> AdamW:
     """AdamW as in the official ReMax scripts: a rate of 1e-6 and a weight decay of 0.1."""
     return adamw(params, lr=1e-6, weight_decay=0.1)

@@ -6,53 +6,35 @@ There is no value model, no ratio of probabilities, no clipping of one and no wh
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
-from remax_lightning.functional.advantages import KLForm, check_remax_arguments, remax_advantages
-from remax_lightning.modules.optimizers import policy_gradient_adamw
-from remax_lightning.modules.policy_gradient import PolicyGradientModule
+from remax_lightning.modules.baseline import BaselineModule
 from remax_lightning.rollout import Rollout
 
 
-class ReMax(PolicyGradientModule):
+class ReMax(BaselineModule):
     """ReMax: for each prompt a sampled response y and the greedy one g; the gradient of log p(y) times r(y) - r(g).
 
     Of several samples of a prompt (``sampling.num_samples``) each has the one greedy response as its baseline.
 
     Args:
-        kl_form: ``full_step``: a token answers for the KL from itself to the end, the gradient of reward minus
-            kl_coef times KL. ``one_step``: for its own alone, as in the official code.
-        gamma: The k-th token from the end gets the advantage times gamma to the k, counted from 1.
-        reward_clip: Bound of |r(y) - r(g)|; the default is none. The official recipes have 5, and 1 for Mistral.
         greedy_max_new_tokens: Longest greedy response. The paper's fast variant has half of ``max_new_tokens``: the
             baseline stays valid, since it still does not depend on the sample.
-        optimizer: Optimizer of the policy; weight decay is left off norms and biases.
-        **kwargs: As in PolicyGradientModule.
+        **kwargs: As in BaselineModule.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(
-        self,
-        kl_form: KLForm = "full_step",
-        gamma: float = 1.0,
-        reward_clip: float | None = None,
-        greedy_max_new_tokens: int | None = None,
-        optimizer: OptimizerCallable = policy_gradient_adamw,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(optimizer=optimizer, **kwargs)
-        check_remax_arguments(self.kl_coef, kl_form, gamma, reward_clip)
+    def __init__(self, greedy_max_new_tokens: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if greedy_max_new_tokens is not None and greedy_max_new_tokens < 1:
             raise ValueError(f"greedy_max_new_tokens must be at least 1, got {greedy_max_new_tokens}")
-        self.kl_form, self.gamma, self.reward_clip = kl_form, gamma, reward_clip
         self.greedy_max_new_tokens = greedy_max_new_tokens
 
     def collect(self, batch: dict[str, Any]) -> Rollout:
-        """Sample y, decode g, score both."""
+        """Sample y, decode g, score both: r(g) is the baseline of r(y)."""
         sampled, greedy = self.generate(batch, greedy=True, greedy_max_new_tokens=self.greedy_max_new_tokens)
         assert greedy is not None
         rewards, baselines = self.score(batch, sampled, greedy)
@@ -65,20 +47,6 @@ class ReMax(PolicyGradientModule):
             rewards=rewards,
             baselines=baselines.repeat_interleave(num_samples),
             ref_log_probs=ref_log_probs,
-        )
-
-    def advantages(self, rollout: Rollout) -> Tensor:
-        """r(y) - r(g), and the KL penalty, at every token of y."""
-        return remax_advantages(
-            rollout.rewards,
-            rollout.baselines,
-            rollout.response_mask,
-            log_probs=rollout.log_probs,
-            ref_log_probs=rollout.ref_log_probs,
-            kl_coef=self.kl_coef,
-            kl_form=self.kl_form,
-            gamma=self.gamma,
-            reward_clip=self.reward_clip,
         )
 
 

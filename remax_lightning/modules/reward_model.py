@@ -1,5 +1,6 @@
 """A reward model: a language model with a scalar head that learns which of two responses is preferred."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remax_lightning.functional.losses import bradley_terry_loss
+from remax_lightning.models.parallelize import gathered
 from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
+from remax_lightning.models.sharded_loading import structure
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.modules.optimizers import reward_model_adamw
+
+load_untrained = partial(load_reward_model, trained=False)
 
 
 class RewardModel(TrainableModule):
@@ -50,7 +55,11 @@ class RewardModel(TrainableModule):
     def configure_model(self) -> None:
         """Load or build the reward model, once."""
         if "model" not in self._modules:
-            self.model = self.load(partial(load_reward_model, trained=False), self.model_source)
+            self.model = self.load(load_untrained, self.model_source)
+
+    def structure(self) -> PreTrainedModel:
+        """The reward model on the meta device."""
+        return structure(load_untrained, self.model_source, self.lora)
 
     def scores(self, batch: dict[str, Tensor], pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and of the rejected responses of some pairs, (N,) each."""
@@ -64,22 +73,23 @@ class RewardModel(TrainableModule):
 
     def all_scores(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Scores of all pairs of a batch."""
-        return self.scores(batch, torch.arange(len(batch["input_ids"]) // 2, device=self.device))
+        with gathered(self.model):
+            return self.scores(batch, torch.arange(len(batch["input_ids"]) // 2, device=self.device))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step."""
         lengths = torch.maximum(*batch["attention_mask"].sum(dim=1).chunk(2))  # of the longer response of each pair
         num_pairs = self.terms_per_process(torch.tensor(len(lengths), device=self.device))
 
-        def loss(pairs: Tensor) -> Tensor:
+        def losses(pairs: Tensor) -> Iterator[Tensor]:
             chosen, rejected = self.scores(batch, pairs)
             value = bradley_terry_loss(chosen, rejected)
             self.train_means.add("loss", value.expand(len(pairs)))
             self.train_means.add("accuracy", accuracy(chosen, rejected))
-            return value * len(pairs) / num_pairs
+            yield value * len(pairs) / num_pairs
 
         with self.phase("update"):
-            self.update(2 * lengths, loss, num_pairs)
+            self.update(2 * lengths, losses, num_pairs)
         self.log_training(progress=("loss", "accuracy"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

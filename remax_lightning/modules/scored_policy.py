@@ -176,7 +176,8 @@ class ScoredPolicyModule(PolicyModule):
         if self.reference is not None:
             score = "reward" if self.judge is None else "judge_reward"
             for row, other in zip(rows, self._rows_of_reference(batch), strict=True):
-                row["win_rate"] = _win(row[score], other[score])
+                is_same = row["response"] == other["response"]  # its scores may differ in the last bits
+                row["win_rate"] = _win(other[score] if is_same else row[score], other[score])
                 row.update({f"reference_{name}": value for name, value in other.items() if name != "kl"})
         for name in rows[0]:
             if not name.startswith("reference_") and name != "response":

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the policy learns to write the demonstrated responses."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from remax_lightning.models.next_token import log_probs_of, policy_gradient_of
+from remax_lightning.models.parallelize import gathered
 from remax_lightning.modules.optimizers import sft_adamw
 from remax_lightning.modules.policy import PolicyModule
 from remax_lightning.rollout import Sampling
@@ -37,20 +39,21 @@ class SFT(PolicyModule):
         lengths = batch["attention_mask"].sum(dim=1)
         num_tokens = self.terms_per_process(batch["loss_mask"].sum())
 
-        def loss(rows: Tensor) -> Tensor:
+        def losses(rows: Tensor) -> Iterator[Tensor]:
             longest = int(lengths[rows].max())
             ids, mask = batch["input_ids"][rows, :longest], batch["loss_mask"][rows, :longest]
             weights = torch.ones(int(mask.sum()), device=ids.device) / num_tokens
             output = policy_gradient_of(self.policy, ids, mask, weights)
             self.train_means.add("loss", -output.log_probs)
-            return output.loss
+            yield output.loss
 
         with self.phase("update"):
-            self.update(lengths, loss, num_tokens)
+            self.update(lengths, losses, num_tokens)
         self.log_training(progress=("loss",))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Negative log-likelihood of held-out demonstrations, nats per token."""
-        self.eval_means.add("loss", -log_probs_of(self.policy, batch["input_ids"], batch["loss_mask"]))
+        with gathered(self.policy):
+            self.eval_means.add("loss", -log_probs_of(self.policy, batch["input_ids"], batch["loss_mask"]))
 
     test_step = validation_step

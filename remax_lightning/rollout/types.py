@@ -59,6 +59,8 @@ class Rollout:
         ref_log_probs: The reference policy's, nats, (B, T); None without a reference.
         rewards: Reward of each response, (B,).
         baselines: Baseline of each response, (B,).
+        values: Expected return before each response token, (B, T); for a method with a value model.
+        returns: What the values should have been, (B, T); likewise.
     """
 
     prompt_ids: Tensor
@@ -70,6 +72,8 @@ class Rollout:
     ref_log_probs: Tensor | None = None
     rewards: Tensor = field(default=None)  # type: ignore[assignment] # set by who scores
     baselines: Tensor = field(default=None)  # type: ignore[assignment] # likewise
+    values: Tensor = field(default=None)  # type: ignore[assignment] # set by a method with a value model
+    returns: Tensor = field(default=None)  # type: ignore[assignment] # likewise
 
     @property
     def lengths(self) -> Tensor:

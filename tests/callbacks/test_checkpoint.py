@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import warnings
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from remax_lightning.callbacks.safe_checkpoint_io import (
     UnusableCheckpoint,
     add_score,
     check_complete,
+    free_name,
     manifest_path,
     manifests,
     newest_complete,
@@ -228,7 +230,7 @@ def test_another_run_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
     assert newest is not None
     assert newest.name == "step=3.ckpt"
     train(policy, folder, 7, str(newest))
-    assert steps_in(folder) == {3, 6, 7}  # what it was resumed from stays; 4 and 5 are its own by now
+    assert steps_in(folder) == {3, 4, 5, 6, 7}  # what it was resumed from stays, and the other run's 4 and 5
 
 
 def test_an_interrupted_save_is_cleared_away(tmp_path: Path) -> None:
@@ -386,3 +388,25 @@ def test_what_may_not_change_is_refused(configured: Path, tmp_path: Path) -> Non
     export = ["--ckpt_path", "last", "--output_dir", tmp_path / "hf", "--model.policy.path", deeper]
     with pytest.raises(UnusableCheckpoint, match="shape of policy"):
         run(configured, *export, subcommand="export")
+
+
+def test_a_complete_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    (path,) = save(tmp_path, 3)
+    assert free_name(tmp_path, 3) == tmp_path / "step=3-2.ckpt"
+    assert free_name(tmp_path, 4) == tmp_path / "step=4.ckpt"
+    truncate(path)
+    assert free_name(tmp_path, 3) == path
+
+
+def test_a_folder_with_a_foreign_pickle_is_refused(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "touched",))
+
+    folder = tmp_path / "step=1.ckpt"
+    folder.mkdir()
+    torch.save({"optimizers": []}, folder / "rest.pt")
+    (folder / ".metadata").write_bytes(pickle.dumps(Touch()))
+    with pytest.raises(UnusableCheckpoint, match="cannot be read as tensors and plain types"):
+        read_checkpoint(folder)
+    assert not (tmp_path / "touched").exists()

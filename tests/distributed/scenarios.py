@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from remax_lightning.callbacks import Checkpoint, HFExport, SelfCheck
+from remax_lightning.callbacks import Checkpoint, HFExport, SelfCheck, checkpoint_folder, safe_checkpoint_io
+from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
 from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
 from remax_lightning.models.language_model import load_language_model
 from remax_lightning.models.lora import LoRA
@@ -33,7 +34,7 @@ from remax_lightning.models.parallelize import Sharding, blocks, gathered, shard
 from remax_lightning.models.scalar_model import load_reward_model
 from remax_lightning.models.sharded_loading import load_sharded, stored_keys
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules import SFT, ReMax, RewardModel
+from remax_lightning.modules import PPO, RLOO, SFT, KLControl, PolicyGradientModule, Reinforce, ReMax, RewardModel
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.rewards import FunctionReward, ModelReward
 from remax_lightning.rollout import Rollout, Sampling
@@ -61,7 +62,7 @@ class Watch(Callback):
         self.num_scored: list[int] = []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if isinstance(pl_module, ReMax):
+        if isinstance(pl_module, PolicyGradientModule):
             pl_module.collect = partial(self.collect, pl_module.collect)  # type: ignore[method-assign]
         pl_module.micro_batches = partial(self.micro_batches, pl_module.micro_batches)
 
@@ -345,6 +346,54 @@ def terminated(folder: Path, world: int) -> Results:
     return {"status": status, "weights": weights(module), "files": sorted(path.name for path in run.iterdir())}
 
 
+def evaluated_last(folder: Path, world: int) -> Results:
+    """The last thing before the export is a forward pass in bfloat16, which leaves a part of the model gathered."""
+    run = folder / "evaluated_last"
+    module = SFT(policy=ModelSource(path=str(folder / "policy")), optimizer=tiny.sgd(0.1))
+    data = DemonstrationDataModule(train=str(folder / "demonstrations.jsonl"), batch_size=BATCH // world)
+
+    class Forward(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            with torch.no_grad():
+                pl_module.policy(input_ids=torch.ones(1, 1, dtype=torch.long))
+
+    options: dict[str, Any] = {"strategy": {"compute_dtype": "bfloat16"}, "steps": 1}
+    found = fit(module, data, run, world, callbacks=[Forward(), HFExport()], **options)
+    for unit in sharded_units(module.policy):
+        unit.reshard()
+    return {**found, "weights": weights(module)}
+
+
+def failing_saves(folder: Path, world: int) -> Results:
+    """A process fails at other moments of a save."""
+    found = {}
+    checkpoint = {"state_dict": {"a": torch.ones(1)}, "optimizer_states": [], "global_step": 1}
+    for rank, name in ((0, "write_synced"), (1, "size_and_digest"), (0, "sync_folder")):
+
+        def fail(*args: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        module = safe_checkpoint_io if name == "sync_folder" else checkpoint_folder
+        original = getattr(module, name)
+        path = folder / "failing" / f"{name}.ckpt"
+        if dist.get_rank() == rank:
+            setattr(module, name, fail)
+        try:
+            SafeCheckpointIO().save_split(checkpoint, path)
+        except OSError as error:
+            found[name] = str(error)
+        setattr(module, name, original)
+        dist.barrier()
+        found[f"{name} left"] = [each.name for each in path.parent.glob(f"{name}*.partial")]
+    return found
+
+
+def agreed_rewards(folder: Path, world: int) -> Results:
+    """Rewards of 0 in one process and of 1 in the other tell responses apart."""
+    module = remax(folder, reward=FunctionReward("reward_functions.by_process"), kl_coef=0.0)
+    return fit(module, prompts(folder, world), folder, world, steps=1, callbacks=[SelfCheck()])
+
+
 def full_disk(folder: Path, world: int) -> Results:
     """One process cannot write the second checkpoint."""
     run, rank, message = folder / "full_disk", dist.get_rank(), ""
@@ -417,14 +466,57 @@ def make(folder: Path) -> None:
     )
 
 
-BOTH = (full, lora, dropped, uneven, recomputed, replicated, tied, half, sft, reward_model, saving)
+def sibling(kind: Any, folder: Path, world: int, **options: Any) -> Results:
+    values: dict[str, Any] = {
+        "policy": ModelSource(path=str(folder / "policy")),
+        "reward": ModelReward(str(folder / "reward_model")),
+        "sampling": Sampling(max_new_tokens=10, num_samples=2),
+        "kl_coef": 0.2,
+        "micro_batch_size": 3,
+        "optimizer": tiny.sgd(0.05),
+    }
+    return fit(kind(**{**values, **options}), prompts(folder, world), folder, world)
+
+
+def reinforce(folder: Path, world: int) -> Results:
+    """Baselines over the batch of all processes, and a weight of the KL that follows the KL of all of them."""
+    control = KLControl(target=0.01, horizon=100)
+    return sibling(Reinforce, folder, world, baseline="batch_mean", kl=control)
+
+
+def rloo(folder: Path, world: int) -> Results:
+    return sibling(RLOO, folder, world)
+
+
+def ppo(folder: Path, world: int) -> Results:
+    """Two trained models and several optimizer steps on a rollout, adapters on both."""
+    return sibling(PPO, folder, world, num_epochs=2, lora=LoRA(rank=4))
+
+
+FAULTS = (evaluated_last, failing_saves, agreed_rewards)
+BOTH = (
+    full,
+    lora,
+    dropped,
+    uneven,
+    recomputed,
+    replicated,
+    tied,
+    half,
+    sft,
+    reward_model,
+    saving,
+    reinforce,
+    rloo,
+    ppo,
+)
 
 
 def main(folder: Path) -> None:
     """Run all scenarios in this process, one of two; one process alone has run its own before."""
     found = {
         scenario.__name__: scenario(folder, 2)
-        for scenario in (*BOTH, collectives, loading, broken, terminated, full_disk, refused)
+        for scenario in (*BOTH, collectives, loading, broken, terminated, full_disk, refused, *FAULTS)
     }
     adapters = LoRA(rank=4)
     found["saving_lora"] = saving(folder, 2, adapters)

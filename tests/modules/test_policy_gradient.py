@@ -27,8 +27,12 @@ from remax_lightning.rollout import Sampling
 METRICS = {
     "reward",
     "baseline_reward",
+    "baseline_gap",
+    "beats_baseline",
+    "baseline_correlation",
     "advantage_mean",
     "kl",
+    "kl_coef",
     "entropy",
     "response_length",
     "truncated",

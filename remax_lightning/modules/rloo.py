@@ -1,0 +1,37 @@
+"""RLOO (Ahmadian et al. 2024, arXiv 2402.14740): REINFORCE with a prompt's other responses as the baseline."""
+
+from dataclasses import replace
+from typing import Any
+
+from remax_lightning.functional.advantages import leave_one_out_baselines
+from remax_lightning.modules.baseline import BaselineModule
+from remax_lightning.rollout import Rollout, Sampling
+
+
+class RLOO(BaselineModule):
+    """RLOO: for each prompt several sampled responses; the gradient of log p(y) times r(y) - mean reward of the others.
+
+    Args:
+        sampling: How responses are drawn; ``num_samples`` has to be at least 2.
+        **kwargs: As in BaselineModule.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, sampling: Sampling, **kwargs: Any) -> None:
+        super().__init__(sampling=sampling, **kwargs)
+        if sampling.num_samples < 2:
+            raise ValueError(
+                f"num_samples must be at least 2 for a leave-one-out baseline, got {sampling.num_samples}; set "
+                "model.sampling.num_samples"
+            )
+
+    def collect(self, batch: dict[str, Any]) -> Rollout:
+        """Sample y several times and score each."""
+        sampled, _ = self.generate(batch, greedy=False)
+        (rewards,) = self.score(batch, sampled)
+        with self.phase("reference"):
+            ref_log_probs = self.reference_log_probs(sampled)
+        baselines = leave_one_out_baselines(rewards, self.sampling.num_samples)
+        return replace(sampled, rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
