@@ -161,8 +161,8 @@ class TrainableModule(LightningModule):
 
         Args:
             lengths: Tokens of each row of this process's batch, (B,).
-            losses: From row indices to the summed loss, divided by ``num_terms``, of each of the trained models; a loss
-                is computed when the backward pass of the one before it is done.
+            losses: From row indices to the summed loss, divided by ``num_terms``, of each of the trained models; but for
+                DDP a loss is computed when the backward pass of the one before it is done.
             num_terms: Number of :meth:`terms_per_process`; 0 if every row was dropped.
 
         Raises:
@@ -173,8 +173,7 @@ class TrainableModule(LightningModule):
         num_passes = self._most_of_processes(len(micro_batches))
         for number in range(num_passes):
             with self._gradient_sync(is_last=number == num_passes - 1):
-                for loss in losses(micro_batches[number]) if number < len(micro_batches) else self._no_losses():
-                    self.manual_backward(loss)
+                self._backward(losses(micro_batches[number]) if number < len(micro_batches) else self._no_losses())
         norms = {name: self._clip(model) for name, model in self.trained_models.items()}
         is_usable = self.accepts_step() and bool(torch.stack(list(norms.values())).isfinite().all() & (num_terms > 0))
         for name, norm in norms.items():
@@ -186,6 +185,13 @@ class TrainableModule(LightningModule):
             self.lr_schedulers().step()  # type: ignore[union-attr]
         optimizer.zero_grad()
         self._count_skipped(is_usable)
+
+    def _backward(self, losses: Iterable[Tensor]) -> None:
+        """A backward pass for each loss; under DDP, which exchanges all gradients in one, for their sum."""
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            losses = [torch.stack(list(losses)).sum()]
+        for loss in losses:
+            self.manual_backward(loss)
 
     def _clip(self, model: PreTrainedModel) -> Tensor:
         """Scale a model's gradient down to the largest norm; its norm before."""

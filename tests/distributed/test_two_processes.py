@@ -103,3 +103,24 @@ def test_sft(tmp_path: Path) -> None:
     data = {"class_path": "DemonstrationDataModule", "init_args": {"train": train, "validation": train}}
     one, two = run(tmp_path, "one", model, data, 1), run(tmp_path, "two", model, data, 2, "ddp")
     assert_same(one, two, policy)
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_ppo(tmp_path: Path) -> None:
+    """Two models, whose gradients are exchanged in one backward pass."""
+    policy = tiny.save_model(tmp_path / "policy")
+    words = ["Go", "Tell me more", "a", "What is it", "Sing.", "no", "Yes or no", "up"]
+    train = tiny.write_rows(tmp_path / "train.jsonl", [{"prompt": word} for word in words])
+    model = {
+        "class_path": "PPO",
+        "init_args": {
+            **COMMON,
+            "policy": {"path": policy},
+            "reward": {"class_path": "FunctionReward", "init_args": {"function": "reward_functions.letter_values"}},
+            "sampling": {"max_new_tokens": 10},
+            "kl_coef": 0.2,
+        },
+    }
+    data = {"class_path": "PromptDataModule", "init_args": {"train": train}}
+    one, two = run(tmp_path, "one", model, data, 1), run(tmp_path, "two", model, data, 2, "ddp")
+    assert_same(one, two, policy)
