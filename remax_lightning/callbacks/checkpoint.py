@@ -181,8 +181,7 @@ class Checkpoint(ModelCheckpoint):
                 rank_zero_info(f"{type(exception).__name__}: the state is saved as {path}")
             except Exception as error:
                 rank_zero_warn(f"the state after the last finished step could not be saved: {error}")
-        if isinstance(exception, Terminated):
-            end_children(trainer)
+        end_children(trainer)
 
     @staticmethod
     def _saves_alone(trainer: Trainer) -> bool:
