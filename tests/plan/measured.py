@@ -25,15 +25,21 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
 
 class PeakMemory:
-    """The most bytes that torch's allocator gave out inside of the context beyond those at its start."""
+    """The most bytes that torch's allocator gave out inside of the context beyond those at its start.
+
+    With one thread: CPU kernels have buffers for each, which a GPU has not.
+    """
 
     def __enter__(self) -> "PeakMemory":
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profile.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.profile.__exit__(None, None, None)
+        torch.set_num_threads(self.threads)
         assert self.profile.profiler is not None
         events = self.profile.profiler.kineto_results.events()
         changes = [(each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"]
