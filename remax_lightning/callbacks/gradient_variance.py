@@ -1,5 +1,6 @@
 """While a policy learns: how much would each baseline lower the variance of its gradient?"""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +31,9 @@ class GradientVariance(Callback):
     ``diagnostics/variance_ratio_batch_mean`` (of all other responses drawn here) are ratios of the variance within
     prompts, the part that a baseline can change, for the same number of sampled responses: below 1 the baseline helps,
     at 0.25 it is worth four times the responses. ``diagnostics/greedy_helps`` is the share of prompts whose gradient
-    varies less with the greedy baseline than with none. All are not-a-number where there is no variance without a
-    baseline or no prompt with finite rewards. A few dozen responses give rough numbers: look at many steps.
+    varies less with the greedy baseline than with none, as far as its few responses show. All are not-a-number where
+    there is no variance without a baseline or no prompt with finite rewards. A few dozen responses give rough numbers:
+    look at many steps.
 
     The gradient is that of the reward alone (less ``missing_stop_penalty``): the KL penalty, ``gamma`` and
     ``reward_clip`` are left out. For PPO the ratios say what baselines would do for the plain policy gradient. A
@@ -91,22 +93,25 @@ class GradientVariance(Callback):
         assert isinstance(pl_module, PolicyGradientModule)
         if pl_module.global_step // pl_module.updates_per_batch % self.every_n_train_steps > 0:
             return
+        start = time.perf_counter()
         part = {name: column[: self.num_prompts] for name, column in batch.items()}
-        with pl_module.phase("gradient_variance"), trainer.precision_plugin.forward_context():
+        with trainer.profiler.profile("gradient_variance"), trainer.precision_plugin.forward_context():  # type: ignore[attr-defined]
             own = self._sums(pl_module, part)
             sums = VarianceSums(*(pl_module.sum_of_processes(each) for each in own))
         variances = gradient_variances(sums)
         ratios = torch.where(variances[0] > 0, variances / variances[0], torch.nan)
-        for name, ratio in zip(BASELINES[1:], ratios[1:], strict=True):
-            pl_module.log(f"diagnostics/variance_ratio_{name}", ratio, batch_size=1)
-        pl_module.log("diagnostics/greedy_helps", sums.num_helped / sums.num_prompts, batch_size=1)
+        found = {f"variance_ratio_{name}": ratio for name, ratio in zip(BASELINES, ratios, strict=True)}
+        del found["variance_ratio_none"]
+        found["greedy_helps"] = sums.num_helped / sums.num_prompts
+        metrics = {f"diagnostics/{name}": float(value) for name, value in found.items()}
+        _log(trainer, {**metrics, "time/gradient_variance": time.perf_counter() - start})
 
     def _sums(self, module: PolicyGradientModule, batch: dict[str, Any]) -> VarianceSums:
         sampled, greedy = module.respond(
             module.policy,
             batch,
             replace(module.sampling, num_samples=self.num_samples),
-            step=-1 - module.global_step,  # no step of training: its responses would tell what it is about to learn
+            step=-1 - module.global_step,  # a key that no step of training has
             greedy_max_new_tokens=module.greedy_max_new_tokens if isinstance(module, ReMax) else None,
         )
         assert greedy is not None
@@ -150,3 +155,10 @@ class GradientVariance(Callback):
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             scores[place] = count_sketch(gradients, self.dimensions, seed=module.global_step)
         return scores
+
+
+def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Log what belongs to this step alone; what a module logs, Lightning repeats at the steps after it."""
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -20,7 +20,7 @@ BASELINES = ("none", "greedy", "leave_one_out", "batch_mean")
 reward of the prompt's other responses; that of all other responses of the batch."""
 
 _NONE, _GREEDY = 0, 1
-_CHUNK = 2**22
+_CHUNK = 2**20
 
 
 class VarianceSums(NamedTuple):
@@ -144,10 +144,10 @@ def count_sketch(gradients: Sequence[Tensor], dimensions: int, *, seed: int) -> 
         raise ValueError(f"dimensions is the length of the projection and must be at least 1, got {dimensions}")
     device = gradients[0].device
     generator = torch.Generator(device).manual_seed(seed)
-    sketch = torch.zeros(dimensions, device=device, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    sums = torch.zeros(2 * dimensions, device=device, dtype=dtype)  # each place twice: what is added, what is taken off
     for gradient in gradients:
         for chunk in gradient.flatten().split(_CHUNK):
-            draws = torch.randint(2 * dimensions, chunk.shape, generator=generator, device=device)
-            signed = torch.where(draws % 2 == 0, chunk, -chunk)
-            sketch.index_add_(0, draws // 2, signed.to(sketch.dtype))
-    return sketch
+            places = torch.randint(2 * dimensions, chunk.shape, generator=generator, device=device)
+            sums.index_add_(0, places, chunk.to(dtype))
+    return sums[:dimensions] - sums[dimensions:]
