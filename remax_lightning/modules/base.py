@@ -161,8 +161,8 @@ class TrainableModule(LightningModule):
 
         Args:
             lengths: Tokens of each row of this process's batch, (B,).
-            losses: From row indices to the summed loss, divided by ``num_terms``, of each of the trained models; but for
-                DDP a loss is computed when the backward pass of the one before it is done.
+            losses: From row indices to the summed loss, divided by ``num_terms``, of each of the trained models; a loss
+                is computed when the backward pass of the one before it is done, except under DDP.
             num_terms: Number of :meth:`terms_per_process`; 0 if every row was dropped.
 
         Raises:
