@@ -14,6 +14,9 @@ Steps, under bf16 autocast: rollout, reference and update with the fused head in
 attention projections; the policy without them is the reference. ``adamw8bit``: bf16 weights and gradients, states in 8
 bits by torchao or bitsandbytes. Compiling and the optimizer's state fall into a warm-up step, which is not timed.
 
+``--method ReMax PPO`` takes the steps of PPO as well, with one epoch of one minibatch: no greedy responses, but a value
+model of the same size, trained in the same way, on the same prompts.
+
     python benchmarks/gpu.py --size 0.5B --output benchmarks/results/gpu.json
 """
 
@@ -37,13 +40,22 @@ from machine import machine
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from scaling import add_gradients, reference_log_probs, take_step
+from scaling import KL_COEF, add_gradients, micro_batches, reference_log_probs
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
+from remax_lightning.functional import clipped_policy_loss, generalized_advantages, kl_token_rewards, value_loss
 from remax_lightning.models.head import plain_head
 from remax_lightning.models.language_model import frozen_copy
-from remax_lightning.rollout import Sampling, TransformersEngine, next_logits
+from remax_lightning.models.next_token import log_probs_of
+from remax_lightning.models.scalar_model import token_values
+from remax_lightning.rollout import Rollout, Sampling, TransformersEngine, next_logits
 
 
 @dataclass(frozen=True)
@@ -153,18 +165,59 @@ def decode(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def trained(case: dict[str, Any]) -> tuple[Any, PreTrainedModel | None, torch.optim.Optimizer, Batch]:
-    """Policy, its reference unless it is the policy without adapters, optimizer, prompts."""
+@dataclass
+class State:
+    """What a step works on.
+
+    Args:
+        policy: What is trained.
+        reference: None if it is the policy without its adapters.
+        value: The value model of PPO.
+        optimizer: Of policy and value model.
+        batch: Prompts.
+    """
+
+    policy: Any
+    reference: PreTrainedModel | None
+    value: Any
+    optimizer: torch.optim.Optimizer
+    batch: Batch
+
+    @property
+    def models(self) -> list[Any]:
+        """All that is trained."""
+        return [self.policy] if self.value is None else [self.policy, self.value]
+
+
+def trained(case: dict[str, Any]) -> State:
+    """The models of a case with their optimizer, and prompts."""
     size, kind = SIZES[case["size"]], case["optimizer"]
-    policy, batch = build(size, case, torch.float32 if kind == "adamw" else torch.bfloat16)
-    if size.is_checkpointed:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if kind == "lora":
-        projections = [f"{name}_proj" for name in "qkvo"]
-        policy = get_peft_model(policy, LoraConfig(r=16, target_modules=projections))
+    dtype = torch.float32 if kind == "adamw" else torch.bfloat16
+    policy, batch = build(size, case, dtype)
+    value = value_model(size, dtype) if case["method"] == "PPO" else None
     reference = None if kind == "lora" else frozen_copy(policy).bfloat16()
-    parameters = [each for each in policy.parameters() if each.requires_grad]
-    return policy.train(), reference, optimizer_class(kind)(parameters, lr=1e-6), batch
+    policy, value = (None if each is None else trainable(each, size, kind) for each in (policy, value))
+    state = State(policy, reference, value, None, batch)
+    parameters = [each for model in state.models for each in model.parameters() if each.requires_grad]
+    state.optimizer = optimizer_class(kind)(parameters, lr=1e-6)
+    return state
+
+
+def value_model(size: Size, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a size with a scalar head."""
+    config = size.config()
+    config.num_labels, config.pad_token_id, config.use_cache = 1, 0, False
+    with torch.device(DEVICE):
+        return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+
+
+def trainable(model: PreTrainedModel, size: Size, kind: str) -> Any:
+    """A model ready to be trained, with adapters or as it is."""
+    if size.is_checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=[f"{name}_proj" for name in "qkvo"]))
+    return model.train()
 
 
 def optimizer_class(kind: str) -> Callable[..., torch.optim.Optimizer]:
@@ -175,13 +228,43 @@ def optimizer_class(kind: str) -> Callable[..., torch.optim.Optimizer]:
     return __import__(module, fromlist=["AdamW8bit"]).AdamW8bit
 
 
-def one_step(case: dict[str, Any], engine: TransformersEngine, *state: Any) -> dict[str, float]:
+@torch.no_grad()
+def expected_values(value: Any, rollout: Rollout, tokens: int) -> Tensor:
+    """What the value model expects before each response token, (B, T), in micro-batches."""
+    parts = micro_batches(rollout, tokens)
+    return torch.cat([part.at_tokens(token_values(value, *part.sequences())) for part in parts])
+
+
+def add_ppo_gradients(state: State, rollout: Rollout, tokens: int) -> None:
+    """The gradients of both losses of PPO, in micro-batches."""
+    mask, pair = rollout.response_mask, (rollout.log_probs, rollout.ref_log_probs)
+    rewards = kl_token_rewards(rollout.rewards, mask, *pair, kl_coef=KL_COEF)
+    _, returns = generalized_advantages(rewards, rollout.values, mask, gamma=1.0, gae_lambda=0.95)
+    num_tokens = mask.sum()
+    for part in micro_batches(replace(rollout, returns=returns), tokens):
+        every = part.response_mask[part.response_mask]
+        old, values, goals = (each[part.response_mask] for each in (part.log_probs, part.values, part.returns))
+        log_probs = log_probs_of(state.policy, *part.sequences())
+        clip = {"clip_range": 0.2, "num_tokens": num_tokens}
+        clipped_policy_loss(log_probs, old, goals - values, every, **clip)[0].backward()
+        value_loss(token_values(state.value, *part.sequences()), values, goals, every, **clip).backward()
+
+
+def take_step(state: State) -> None:
+    """Clip the gradients of each model, step, and drop them."""
+    for model in state.models:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+
+
+def one_step(case: dict[str, Any], engine: TransformersEngine, state: State) -> dict[str, float]:
     """Seconds of each phase of a step."""
-    (policy, reference, optimizer, batch), tokens, made = state, case["micro_batch_tokens"], {}
+    policy, reference, tokens, made = state.policy, state.reference, case["micro_batch_tokens"], {}
 
     def rollout() -> None:
-        stops = [policy.config.vocab_size]
-        made["rollout"], _ = engine.generate(policy, batch, Sampling(case["response_length"]), stop_token_ids=stops)
+        options = {"stop_token_ids": [policy.config.vocab_size], "greedy": state.value is None}
+        made["rollout"], _ = engine.generate(policy, state.batch, Sampling(case["response_length"]), **options)
 
     def score() -> None:
         with policy.disable_adapter() if reference is None else nullcontext():
@@ -189,19 +272,30 @@ def one_step(case: dict[str, Any], engine: TransformersEngine, *state: Any) -> d
         rewards, baselines = torch.randn(2, len(ref_log_probs), device=DEVICE)
         made["rollout"] = replace(made["rollout"], rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
 
-    seconds = {}
+    def expect() -> None:
+        made["rollout"] = replace(made["rollout"], values=expected_values(state.value, made["rollout"], tokens))
+
+    def update() -> None:
+        if state.value is None:
+            add_gradients(policy, made["rollout"], tokens)
+        else:
+            add_ppo_gradients(state, made["rollout"], tokens)
+
+    seconds = {"values": 0.0}
     with torch.autocast(DEVICE, torch.bfloat16):
         seconds["rollout"], seconds["reference"] = seconds_of(rollout), seconds_of(score)
-        seconds["update"] = seconds_of(lambda: add_gradients(policy, made["rollout"], tokens))
-    seconds["update"] += seconds_of(lambda: take_step(policy, optimizer))
+        if state.value is not None:
+            seconds["values"] = seconds_of(expect)
+        seconds["update"] = seconds_of(update)
+    seconds["update"] += seconds_of(lambda: take_step(state))
     return seconds
 
 
 def step(case: dict[str, Any]) -> dict[str, Any]:
     """The faster of two steps after a warm-up."""
     state, engine = trained(case), TransformersEngine(compile=case["way"] == "compiled")
-    assert plain_head(state[0]) is not None, "the head of this policy is not fused"
-    phases = min([one_step(case, engine, *state) for _ in range(3)][1:], key=lambda each: sum(each.values()))
+    assert plain_head(state.policy) is not None, "the head of this policy is not fused"
+    phases = min([one_step(case, engine, state) for _ in range(3)][1:], key=lambda each: sum(each.values()))
     return {**phases, "prompts_per_second": case["prompts"] / sum(phases.values()), "peak_mib": device_peak_mib()}
 
 
@@ -236,7 +330,9 @@ def cases_of(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = [{"kind": "decode", **shared, "way": way} for way in DECODERS]
     for optimizer in size.optimizers:
         if optimizer != "adamw8bit" or any(map(find_spec, EIGHT_BIT)):
-            cases += [{"kind": "step", **shared, "optimizer": optimizer, "way": way} for way in ("eager", "compiled")]
+            steps = [(method, way) for method in arguments.method for way in ("eager", "compiled")]
+            step = {"kind": "step", **shared, "optimizer": optimizer}
+            cases += [{**step, "method": method, "way": way} for method, way in steps]
         else:
             print(f"{name}, adamw8bit: left out, since neither {' nor '.join(EIGHT_BIT)} is installed")
     return cases
@@ -246,7 +342,7 @@ def table(cases: list[dict[str, Any]], kind: str, columns: tuple[str, ...]) -> T
     """The figures of the cases of a kind."""
     result = Table("size", "prompts", "way", *columns, title=kind)
     for case in (each for each in cases if each["kind"] == kind):
-        way = " ".join(filter(None, (case.get("optimizer"), case["way"])))
+        way = " ".join(filter(None, (case.get("method"), case.get("optimizer"), case["way"])))
         figures = (f"{case[name]:.2f}" if name in case else "failed" for name in columns)
         result.add_row(case["size"], str(case["prompts"]), way, *figures)
     return result
@@ -257,6 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = list(SIZES)[1:] if DEVICE == "cuda" else ["toy"]
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=default)
+    parser.add_argument("--method", nargs="+", choices=["ReMax", "PPO"], default=["ReMax"], help="whose steps to take")
     parser.add_argument("--prompts", type=int, help="prompts of a step; the default depends on the size")
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)
     parser.add_argument("--output", type=Path)
@@ -268,7 +365,9 @@ def main() -> None:
     Console().print(
         table(cases, "decode", ("step_ms", "floor_ms", "copy_gb_per_s", "first_rollout_seconds", "peak_mib"))
     )
-    Console().print(table(cases, "step", ("rollout", "reference", "update", "prompts_per_second", "peak_mib")))
+    Console().print(
+        table(cases, "step", ("rollout", "reference", "values", "update", "prompts_per_second", "peak_mib"))
+    )
     result = {"name": "gpu", "command": " ".join(["python", *sys.argv]), **machine(), "device": device, "cases": cases}
     print(json.dumps(result))
     if arguments.output is not None:

@@ -1,18 +1,25 @@
-"""One training step on 16 prompts: TRL's ``RLOOTrainer`` with two samples a prompt against ReMax from the command line.
+"""One step on 16 prompts: TRL's ``RLOOTrainer`` with two samples a prompt against ReMax and RLOO of this project.
 
 A Llama with random weights (hidden 256, 4 layers, untied), fp32, one thread; prompts of 32 to 64 tokens, 128 new tokens
 for every row (the stop token is too unlikely to be drawn), a reward function over text, a reference model for the KL
-penalty, AdamW, every step logged; both start from the same Hugging Face folder. A step lasts from the end of one to the
-end of the next, so it has all that a trainer does around it: data, logging, callbacks. The first is a warm-up, then the
-fastest counts. Memory is the peak up to the end of the last step, beyond that of the imports. Loading, the self-check,
-evaluation, checkpoints and the export are left out of the time.
+penalty, AdamW, every step logged; both start from the same Hugging Face folder, ours from the command line. A step
+lasts from the end of one to the end of the next, so it has all that a trainer does around it: data, logging, callbacks.
+The first is a warm-up, then the fastest counts. Memory is the peak up to the end of the last step, beyond that of the
+imports. Loading, the self-check, evaluation, checkpoints and the export are left out of the time.
 
-Both train in micro-batches of 16 rows: ours is then the whole batch, its default, and TRL was fastest with it (4, 8, 16
-and 32 rows were tried; 8 is its default, and ``--micro_batch_size`` changes both). TRL draws the 32 responses of a step
-at once; gradient checkpointing, which it has on by default, is off, since that is faster. ReMax draws 32 responses as
-well, but half of them, the greedy ones, are not trained on. The second table compares the phases of the step and takes
-the time ratio apart: the factor of the algorithm (fewer rows), that of the log-prob head (TRL's runs without its Triton
-kernels on a CPU), and the rest.
+Both train in micro-batches of 16 rows: for ReMax that is the whole batch, its default, and TRL was fastest with it (4,
+8, 16 and 32 rows were tried; 8 is its default, and ``--micro_batch_size`` changes both). TRL draws the 32 responses of
+a step at once; gradient checkpointing, which it has on by default, is off, since that is faster. ReMax draws 32
+responses as well, but half of them, the greedy ones, are not trained on.
+
+In the cases named same algorithm ours is RLOO with two samples too: the same rows, the same objective, advantages
+neither normalised nor clipped. What differs: TRL computes the sampler's log-probs again, ours has them from the
+sampler; TRL takes the KL of a whole response from its reward, ours from each token for those from itself on, which
+costs the same and has the same expected gradient; TRL divides by responses, ours by tokens, here a constant.
+``tests/test_parity_trl.py`` holds the two gradients against each other.
+
+The second table compares the phases of the step and takes the time ratio apart: the factor of the algorithm (fewer
+rows), that of the log-prob head (TRL's runs without its Triton kernels on a CPU), and the rest.
 
     pip install -e '.[bench]'
     python benchmarks/step.py --output benchmarks/results/step.json
@@ -47,7 +54,12 @@ try:
 except ImportError:
     RLOOTrainer = None
 
-CASES = [{"name": "remax 8k", "vocabulary": 8192}, {"name": "remax 50k", "vocabulary": 50304}]
+CASES = [
+    {"name": "remax 8k", "vocabulary": 8192, "method": "ReMax"},
+    {"name": "remax 50k", "vocabulary": 50304, "method": "ReMax"},
+    {"name": "same algorithm 8k", "vocabulary": 8192, "method": "RLOO"},
+    {"name": "same algorithm 50k", "vocabulary": 50304, "method": "RLOO"},
+]
 PROMPTS, NEW_TOKENS, LONGEST_PROMPT = 16, 128, 64
 OPTIMIZER = {
     "lr": 1e-6,
@@ -59,12 +71,14 @@ KL_COEF = 0.05
 ROWS = {
     "rollout": (32, 32),
     "reward": (32, 32),
-    "old log-probs": (32, 0),  # ReMax has them from its sampler
+    "old log-probs": (32, 0),  # ours has them from its sampler
     "reference": (32, 16),
     "update": (32, 16),
     "other": (32, 32),
 }
-"""Responses of the peer and of ours that each phase of a step works on; ``other`` is what is in none of them."""
+"""Responses of the peer and of ReMax that each phase of a step works on; ``other`` is what is in none of them."""
+RLOO_ROWS = ROWS | {"reference": (32, 32), "update": (32, 32)}
+"""The same of RLOO."""
 
 
 class Clock:
@@ -159,16 +173,16 @@ class StepEnds(TrainerCallback):
 
 
 def ours(case: dict[str, Any]) -> None:
-    """ReMax, from the command line."""
+    """ReMax or RLOO, from the command line."""
     path = Path(case["folder"]) / "ours.yaml"
-    path.write_text(yaml.safe_dump(remax_config(case, Path(case["folder"]))))
+    path.write_text(yaml.safe_dump(our_config(case, Path(case["folder"]))))
     for name in [each for each in vars(next_token) if each.startswith("fused_")]:
         setattr(next_token, name, CLOCK.during("head", getattr(next_token, name)))
     command_line(["fit", "--config", str(path)])
 
 
-def remax_config(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What configs/remax.yaml has, for this model, without what is not measured."""
+def our_config(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What configs/remax.yaml or rloo.yaml has, for this model, without what is not measured."""
     return {
         "trainer": {
             "default_root_dir": str(folder / "ours"),
@@ -177,11 +191,11 @@ def remax_config(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             "profiler": {"class_path": "__main__.Phases"},
         },
         "model": {
-            "class_path": "ReMax",
+            "class_path": case["method"],
             "init_args": {
                 "policy": {"path": str(folder / "model")},
                 "reward": {"class_path": "FunctionReward", "init_args": {"function": "__main__.distinct_words"}},
-                "sampling": {"max_new_tokens": NEW_TOKENS},
+                "sampling": {"max_new_tokens": NEW_TOKENS, "num_samples": 2 if case["method"] == "RLOO" else 1},
                 "kl_coef": KL_COEF,
                 "micro_batch_size": case.get("micro_batch_size"),
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": OPTIMIZER},
@@ -314,14 +328,15 @@ def compare_phases(case: dict[str, Any]) -> dict[str, Any]:
     ``algorithm_share`` is the first one's part, in logarithms.
     """
     seconds = {contender: case[contender].pop("phases") for contender in ("peer", "ours")}
-    phases = {name: compare(name, **seconds) for name in ROWS}
+    rows = RLOO_ROWS if case["method"] == "RLOO" else ROWS
+    phases = {name: compare(name, rows[name], **seconds) for name in rows}
     for contender in seconds:
         case[contender]["prompts_per_cpu_second"] = PROMPTS / case[contender]["cpu_seconds"]
     with_rows = sum(at_peer_rows(each, "ours") for each in phases.values())
     with_head = with_rows + sum(each["peer_head"] - at_peer_rows(each, "ours_head") for each in phases.values())
     algorithm_ratio = with_rows / case["ours"]["cpu_seconds"]
     return {
-        **case,
+        **{key: value for key, value in case.items() if key != "method"},
         "algorithm_ratio": algorithm_ratio,
         "head_ratio": with_head / with_rows,
         "rest_ratio": case["peer"]["cpu_seconds"] / with_head,
@@ -330,9 +345,9 @@ def compare_phases(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare(phase: str, peer: dict[str, float], ours: dict[str, float]) -> dict[str, Any]:
+def compare(phase: str, rows: tuple[int, int], peer: dict[str, float], ours: dict[str, float]) -> dict[str, Any]:
     """CPU seconds of a phase of both, and those of the log-prob head in it."""
-    peer_rows, ours_rows = ROWS[phase]
+    peer_rows, ours_rows = rows
     each: dict[str, Any] = {"peer_rows": peer_rows, "ours_rows": ours_rows}
     for contender, seconds in (("peer", peer), ("ours", ours)):
         head = seconds.get(f"{phase}, head", 0.0)
@@ -363,7 +378,7 @@ def run_case(case: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Run a case in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(case, Path(folder))
-        return compare_phases(contend(__file__, {**case, "folder": folder}, repeats))
+        return compare_phases({**contend(__file__, {**case, "folder": folder}, repeats), "method": case["method"]})
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PLANNED = ("states_mib", "peak_mib")
 
 
 def quickstart_table(result: dict[str, Any]) -> str:
@@ -54,6 +55,40 @@ def contest_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", measured_on(result)])
 
 
+def paper_table(result: dict[str, Any]) -> str:
+    """What each method learned, what it cost, and what the paper published."""
+    figures = {"gold": 2, "proxy": 2, "kl": 2, "win_rate": 2, "grad_norm": 2, "grad_norm_variance": 3}
+    start = " | ".join(mean_and_spread(result["sft"][key]) for key in ("gold", "proxy"))
+    learned = [
+        "| mean ± standard deviation of the seeds | gold reward | proxy reward | KL (nats) | win rate against SFT "
+        "| gradient norm | its variance over steps | arguments of its own |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| SFT, the start | {start} | | | | | |",
+    ]
+    for case in result["cases"]:
+        cells = [mean_and_spread(case[key], digits) for key, digits in figures.items()]
+        learned.append(f"| {' | '.join([case['name'], *cells, str(len(case['hyper_parameters']))])} |")
+    phases = list(result["cases"][0]["cpu_seconds_of_phases"])
+    costs = [
+        f"| seconds of {result['steps']} steps | CPU s | {' | '.join(phases)} | peak memory, MiB "
+        "| plan: weights and states, MiB | plan: peak, MiB |",
+        "|---" * (len(phases) + 5) + "|",
+    ]
+    for case in result["cases"]:
+        cells = [case["name"], mean_and_spread(case["cpu_seconds"], 1)]
+        cells += [f"{seconds:.1f}" if seconds else "" for seconds in case["cpu_seconds_of_phases"].values()]
+        cells += [mean_and_spread(case["peak_mib"], 0), *(f"{case['plan'][key]:.1f}" for key in PLANNED)]
+        costs.append(f"| {' | '.join(cells)} |")
+    published = ["| published by Li et al. 2024, not measured here | theirs | where |", "|---|---|---|"]
+    published += [f"| {row['what']} | {row['figure']} | {row['where']} |" for row in result["published"]]
+    return "\n".join([*learned, "", *costs, "", measured_on(result), "", *published])
+
+
+def mean_and_spread(figure: dict[str, float], digits: int = 2) -> str:
+    """Mean over the seeds and, of several, their standard deviation."""
+    return f"{figure['mean']:.{digits}f}" + (f" ± {figure['std']:.{digits}f}" if "std" in figure else "")
+
+
 def measured_on(result: dict[str, Any]) -> str:
     """Where the figures come from, in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -66,6 +101,7 @@ TABLES = {
     "head": contest_table,
     "step": step_table,
     "overhead": contest_table,
+    "paper": paper_table,
 }
 
 
