@@ -97,6 +97,10 @@ class PolicyGradientModule(ScoredPolicyModule):
         means = self.log_training(progress=("reward", "kl"))
         self.end_step(means, num_responses)
 
+    def teaches(self, rollout: Rollout, advantages: Tensor) -> Tensor:
+        """True for the rows that have a gradient, (B,): those with an advantage."""
+        return advantages.any(dim=1)
+
     def end_step(self, means: dict[str, Tensor], num_responses: int) -> None:
         """Steer by what the step has found.
 
@@ -126,9 +130,8 @@ class PolicyGradientModule(ScoredPolicyModule):
     def learn(self, rollout: Rollout, advantages: Tensor) -> None:
         """One optimizer step on a rollout."""
         num_tokens = self.terms_per_process(rollout.response_mask.sum())
-        # a row without advantage has no gradient; one is kept, as every process has to take part in a step
-        taught = advantages.any(dim=1).nonzero()[:, 0]
-        taught = taught if len(taught) > 0 else taught.new_zeros(1)
+        taught = self.teaches(rollout, advantages).nonzero()[:, 0]
+        taught = taught if len(taught) > 0 else taught.new_zeros(1)  # every process has to take part in a step
 
         def losses(index: Tensor) -> Iterator[Tensor]:
             rows = taught[index]

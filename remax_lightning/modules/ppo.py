@@ -179,6 +179,10 @@ class PPO(PolicyGradientModule):
                 part = rollout.rows(rows)
                 super().learn(part, advantages[rows, : part.response_ids.shape[1]])
 
+    def teaches(self, rollout: Rollout, advantages: Tensor) -> Tensor:
+        """True for the rows with tokens: also without an advantage they teach the value model, and a KL in the loss."""
+        return rollout.response_mask.any(dim=1)
+
     def minibatches(self, num_rows: int, step: int, epoch: int) -> list[Tensor]:
         """Rows of each minibatch, in an order that is a function of seed, step and epoch."""
         if self.num_minibatches == 1:

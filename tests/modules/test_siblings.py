@@ -291,6 +291,22 @@ def test_a_kl_in_the_loss_has_the_estimators_gradient(kind: Any, estimator: Any,
     assert tiny.norm(tiny.difference(change, other)) > 1e-3
 
 
+def test_ppo_learns_from_rows_without_an_advantage_too(policy: str, tmp_path: Path) -> None:
+    """With rewards and values of 0 there is the KL in the loss alone, the same as with a reward of next to 0."""
+    changes = []
+    for value in ("0", "1e-7"):
+        rows = [{"prompt": prompt, "gap": value} for prompt in tiny.PROMPTS]
+        given = with_kl(policy, tmp_path, PPO, estimator="k2", in_loss=True)
+        given.normalize_advantages = False
+        given.reward = FunctionReward("reward_functions.with_gaps")
+        tiny.fit(given, tiny.prompt_data(tmp_path, rows), tmp_path)
+        changes.append(tiny.weights(given.policy))
+    tiny.assert_close(changes[0], changes[1], atol=1e-5)
+    untrained = with_kl(policy, tmp_path, PPO)
+    untrained.configure_model()
+    assert tiny.norm(tiny.difference(changes[0], tiny.weights(untrained.policy))) > 1e-3
+
+
 def test_estimators_in_the_reward_differ(policy: str, tmp_path: Path) -> None:
     changes = [trained(with_kl(policy, tmp_path, estimator=name), tmp_path)[0] for name in ("k1", "k2", "k3")]
     for first, second in ((0, 1), (0, 2), (1, 2)):
