@@ -302,7 +302,7 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
 @cache
 def traced_step(device_type: str) -> Callable[..., Tensor]:
     """The decoding step as the compiler sees it, without its code generation, which would take the toy minutes."""
-    return torch.compile(next_logits._step, backend="eager")
+    return torch.compile(next_logits.decoding_step, backend="eager")
 
 
 def work(case: dict[str, Any]) -> dict[str, Any]:

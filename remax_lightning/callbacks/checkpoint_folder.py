@@ -80,7 +80,7 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
         name: torch.empty(cast(Any, entry).size, dtype=cast(Any, entry).properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
     }
-    dcp.load(values, storage_reader=PlainReader(folder), no_dist=True)
+    dcp.load(values, storage_reader=reader, no_dist=True)
     nested: dict[str, Any] = {"state_dict": {}}
     for name, path in metadata.planner_data.items():
         place = nested

@@ -135,8 +135,7 @@ class GradientVariance(Callback):
             ]
         )
         counts = compared.isfinite().all(dim=0)
-        total, count = (module.sum_of_processes(each) for each in (rewards[counts].sum(), counts.sum()))
-        batch_mean = (total - rewards) / (count - 1)
+        batch_mean = module.others_mean(rewards.masked_fill(~counts, torch.nan))
         return rewards[:, None] - torch.stack([torch.zeros_like(rewards), *compared[1:], batch_mean], dim=1)
 
     def _scores(self, module: PolicyGradientModule, rollout: Rollout, rows: Tensor) -> Tensor:

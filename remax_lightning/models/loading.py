@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from remax_lightning.models.adapter_folder import adapter_base
+from remax_lightning.models.adapter_names import base_name
 from remax_lightning.models.lora import merge_in_place
 from remax_lightning.models.source import ModelSource, existing
 
@@ -85,11 +86,6 @@ def _merge_adapters(model: PreTrainedModel, path: str) -> set[str]:
             adapted = PeftModel.from_pretrained(model, path, config=config, torch_device="cpu", low_cpu_mem_usage=True)
         except (UserWarning, RuntimeError, ValueError) as error:
             raise ValueError(f"the adapters of {path} do not fit {type(model).__name__}: {error}") from error
-    prefix = "base_model.model."
-    whole = {
-        name.removeprefix(prefix).replace(".modules_to_save.default.", ".")
-        for name, _ in adapted.named_parameters()
-        if ".modules_to_save." in name
-    }
+    whole = {base_name(name) for name, _ in adapted.named_parameters() if ".modules_to_save." in name}
     merge_in_place(adapted)
     return whole

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from remax_lightning.models.adapter_folder import absolute, adapter_base
+from remax_lightning.models.adapter_names import base_name, is_adapter
 from remax_lightning.models.source import ModelSource
 
 
@@ -118,6 +119,11 @@ def add_lora(model: PreTrainedModel, lora: LoRA, seed: int = 0) -> PeftModel:
     return cast(PeftModel, adapted.train(model.training))
 
 
+def with_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
+    """The model with fresh adapters, or as it is if there are to be none."""
+    return model if lora is None else cast(PreTrainedModel, add_lora(model, lora))
+
+
 @torch.no_grad()
 def init_adapters(model: nn.Module, seed: int) -> None:
     """Fresh adapters, and a classifier's trained head as that of the base; what is on the meta device stays as it is.
@@ -127,7 +133,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
         seed: Key of the random values.
     """
     for name, parameter in model.named_parameters():
-        if (".lora_A." in name or ".lora_B." in name) and not parameter.is_meta:
+        if is_adapter(name) and not parameter.is_meta:
             parameter.copy_(initial_adapter(name, parameter.shape, seed))
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -222,7 +228,7 @@ def _merge_dequantized(model: PeftModel) -> PreTrainedModel:
     plain = cast(PreTrainedModel, model.unload().dequantize(dtype))
     for name, layer in layers:
         update = cast(Linear, layer).get_delta_weight("default")
-        cast(nn.Linear, plain.get_submodule(name.removeprefix("base_model.model."))).weight.add_(update)
+        cast(nn.Linear, plain.get_submodule(base_name(name))).weight.add_(update)
     return plain.to(dtype).requires_grad_(True)
 
 

@@ -9,7 +9,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from remax_lightning.models.adapter_folder import adapter_base
+from remax_lightning.models.adapter_names import base_name, is_adapter
 from remax_lightning.models.language_model import freeze
-from remax_lightning.models.lora import LoRA, add_lora, initial_adapter
+from remax_lightning.models.lora import LoRA, initial_adapter, with_lora
 from remax_lightning.models.parallelize import Sharding, shard, sharded_units, whole
 from remax_lightning.models.source import ModelSource
 
@@ -62,17 +64,13 @@ def load_sharded(
             f"quantization={source.quantization} does not work under fsdp2, which cannot split bitsandbytes' weights; "
             "set it to null, or train on one GPU or with trainer.strategy ddp"
         )
-    base = load(source, on_meta=True)
-    keys = stored_keys(base, source, key_mapping)
-    model = base if lora is None else cast(PreTrainedModel, add_lora(base, lora))
+    base, folder = load(source, on_meta=True), weights_folder(source)
+    keys = None if folder is None else stored_keys(base, folder, key_mapping)
+    model = with_lora(base, lora)
     shard(model, sharding, frozen=frozen)
     allocate(model, base, sharding, frozen=frozen)
-    stored = {name: value for name, value in model.named_parameters() if not is_adapter(name)}
     if keys is not None:
-        slices = {keys[base_name(name)]: value.detach() for name, value in stored.items()}
-        dcp.load(slices, storage_reader=HuggingFaceStorageReader(str(weights_folder(source))))
-        for name, value in stored.items():  # a head that is trained beside adapters is there twice
-            value.detach().copy_(slices[keys[base_name(name)]])
+        read_slices(model, str(folder), keys)
     else:
         hand_out(whole_state(load, source), model)
     for name, value in model.named_parameters():
@@ -83,8 +81,29 @@ def load_sharded(
 
 def structure(load: Loader, source: ModelSource, lora: LoRA | None) -> PreTrainedModel:
     """A model on the meta device, with its adapters."""
-    base = load(source, on_meta=True)
-    return base if lora is None else cast(PreTrainedModel, add_lora(base, lora))
+    return with_lora(load(source, on_meta=True), lora)
+
+
+def read_slices(model: nn.Module, folder: str, keys: dict[str, str]) -> None:
+    """Fill a split model with this process's slices of safetensors files; collective.
+
+    Args:
+        model: The split model, with or without adapters, which are left as they are.
+        folder: Where the files are.
+        keys: Names in the files by name in the model without adapters.
+    """
+    slices: dict[str, Tensor] = {}
+    twins = []  # a head that is trained beside adapters is there twice
+    for name, value in model.named_parameters():
+        if not is_adapter(name):
+            key = keys[base_name(name)]
+            if key in slices:
+                twins.append((value.detach(), key))
+            else:
+                slices[key] = value.detach()
+    dcp.load(slices, storage_reader=HuggingFaceStorageReader(folder))
+    for twin, key in twins:
+        twin.copy_(slices[key])
 
 
 def allocate(model: nn.Module, base: PreTrainedModel, sharding: Sharding, *, frozen: bool) -> None:
@@ -113,17 +132,12 @@ def allocate(model: nn.Module, base: PreTrainedModel, sharding: Sharding, *, fro
             )
 
 
-def stored_keys(
-    model: PreTrainedModel, source: ModelSource, key_mapping: dict[str, str] | None
-) -> dict[str, str] | None:
-    """Where each parameter of a model is found in the safetensors files of its source.
+def stored_keys(model: PreTrainedModel, folder: Path, key_mapping: dict[str, str] | None) -> dict[str, str] | None:
+    """Where each parameter of a model is found in the safetensors files of a folder.
 
     Returns:
         Names in the files by name in the model; None if the files do not hold the parameters as they are.
     """
-    folder = weights_folder(source)
-    if folder is None:
-        return None
     transforms = get_model_conversion_mapping(model, key_mapping)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
@@ -151,7 +165,7 @@ def weights_folder(source: ModelSource) -> Path | None:
     if not folder.exists():
         # some repositories hold the weights a second time, in another format and under another name
         folder = Path(snapshot_download(source.path, allow_patterns=["model*.safetensors"]))
-    return folder if any(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").exists() else None
+    return folder if any(folder.glob("*.safetensors")) and adapter_base(str(folder)) is None else None
 
 
 def whole_state(load: Loader, source: ModelSource) -> dict[str, Tensor] | None:
@@ -258,16 +272,3 @@ def peak_host_memory() -> list[float]:
     peaks = [0.0] * dist.get_world_size()
     dist.all_gather_object(peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     return peaks
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter is one of an adapter, by its name."""
-    return ".lora_A." in name or ".lora_B." in name
-
-
-def base_name(name: str) -> str:
-    """The name of a parameter in the model without adapters."""
-    plain = name.removeprefix("base_model.model.")
-    for part in (".base_layer.", ".original_module.", ".modules_to_save.default."):
-        plain = plain.replace(part, ".")
-    return plain

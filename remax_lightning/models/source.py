@@ -96,10 +96,7 @@ class ModelSource:
             config = self._build_config(overrides)
         if self.tiny:
             shrink(config, self.load_tokenizer())
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)
-        return config
+        return without_dropout(config)
 
     def _build_config(self, overrides: dict[str, Any]) -> PretrainedConfig:
         assert self.config is not None
@@ -112,6 +109,14 @@ class ModelSource:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config has values that {config_class.__name__} does not know: {', '.join(unknown)}")
         return config_class(**{**vocabulary_of(self.load_tokenizer()), **values, **overrides})
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration itself, every dropout in it set to zero."""
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

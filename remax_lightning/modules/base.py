@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from remax_lightning.models.lora import LoRA, add_lora, check_quantization, leave_out_frozen
+from remax_lightning.models.lora import LoRA, check_quantization, leave_out_frozen, with_lora
 from remax_lightning.models.parallelize import Sharding, checkpoint_activations, sync_gradients, whole
 from remax_lightning.models.sharded_loading import Loader, load_sharded, peak_host_memory, whole_copy
 from remax_lightning.models.source import ModelSource
@@ -115,9 +115,7 @@ class TrainableModule(LightningModule):
             peaks = ", ".join(f"{peak:.2f}" for peak in peak_host_memory())
             rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by process, GiB: {peaks}")
         else:
-            model = load(source)
-            if self.lora is not None:
-                model = cast(PreTrainedModel, add_lora(model, self.lora))
+            model = with_lora(load(source), self.lora)
         if self.activation_checkpointing:
             checkpoint_activations(model)
         return model.train()

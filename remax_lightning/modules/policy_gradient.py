@@ -154,6 +154,21 @@ class PolicyGradientModule(ScoredPolicyModule):
                 greedy_max_new_tokens=greedy_max_new_tokens,
             )
 
+    def sample(self, batch: dict[str, Any]) -> Rollout:
+        """Sampled responses with their rewards and the reference's log-probs, and nothing to compare them with yet."""
+        sampled, _ = self.generate(batch, greedy=False)
+        (rewards,) = self.score(batch, sampled)
+        with self.phase("reference"):
+            ref_log_probs = self.reference_log_probs(sampled)
+        return replace(sampled, rewards=rewards, ref_log_probs=ref_log_probs)
+
+    def others_mean(self, rewards: Tensor) -> Tensor:
+        """Mean of all other finite rewards of the batch, over all processes, (B,)."""
+        known = rewards.isfinite()
+        own = torch.where(known, rewards, 0.0)
+        total, count = (self.sum_of_processes(each.sum()) for each in (own, known))
+        return ((total - own) / (count - known.double())).to(rewards.dtype)
+
     def accepts_step(self) -> bool:
         """Whether the sampler's log-probs are close enough to those of training; notes how close."""
         drift = torch.cat(self.drift)

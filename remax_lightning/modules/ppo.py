@@ -17,7 +17,6 @@ from remax_lightning.functional.advantages import masked_moments, normalized
 from remax_lightning.functional.losses import clipped_policy_loss, kl_penalty_loss, value_loss
 from remax_lightning.functional.returns import generalized_advantages, kl_token_rewards
 from remax_lightning.models.next_token import log_probs_of
-from remax_lightning.models.parallelize import gathered
 from remax_lightning.models.scalar_model import load_reward_model, scalar_head, token_values
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.optimizers import parameter_groups, policy_gradient_adamw
@@ -130,25 +129,10 @@ class PPO(PolicyGradientModule):
 
     def collect(self, batch: dict[str, Any]) -> Rollout:
         """Sample responses, score them, and ask the value model what it expects before each token."""
-        sampled, _ = self.generate(batch, greedy=False)
-        (rewards,) = self.score(batch, sampled)
-        with self.phase("reference"):
-            ref_log_probs = self.reference_log_probs(sampled)
+        rollout = self.sample(batch)
         with self.phase("values"):
-            values = self.values(sampled)
-        baselines = torch.zeros_like(rewards)  # the values are
-        return replace(sampled, rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs, values=values)
-
-    @torch.no_grad()
-    def values(self, rollout: Rollout) -> Tensor:
-        """What the value model expects before each response token, (B, T); 0 elsewhere."""
-        values = torch.zeros(rollout.response_ids.shape, device=self.device)
-        with gathered(self.value_model):
-            for rows in self.micro_batches(rollout.total_lengths):
-                part = rollout.rows(rows)
-                found = token_values(self.value_model, *part.sequences())
-                values[rows, : part.response_ids.shape[1]] = part.at_tokens(found)
-        return values
+            values = self.of_tokens(token_values, self.value_model, rollout)
+        return replace(rollout, baselines=torch.zeros_like(rollout.rewards), values=values)  # the values are
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """Generalized advantages of the token rewards, which hold the KL penalty."""
@@ -195,7 +179,7 @@ class PPO(PolicyGradientModule):
         """The clipped loss of the policy, then that of the value model."""
         mask, sequences = rollout.response_mask, rollout.sequences()
         log_probs = log_probs_of(self.policy, *sequences, temperature=self.sampling.temperature)
-        old, weights, every = rollout.log_probs[mask], advantages[mask], torch.ones_like(advantages[mask]).bool()
+        old, weights, every = rollout.log_probs[mask], advantages[mask], mask[mask]
         loss, clipped = clipped_policy_loss(
             log_probs, old, weights, every, clip_range=self.clip_range, num_tokens=num_tokens
         )

@@ -37,18 +37,12 @@ class Reinforce(BaselineModule):
 
     def collect(self, batch: dict[str, Any]) -> Rollout:
         """Sample y, score it, compare with b."""
-        sampled, _ = self.generate(batch, greedy=False)
-        (rewards,) = self.score(batch, sampled)
-        with self.phase("reference"):
-            ref_log_probs = self.reference_log_probs(sampled)
-        return replace(sampled, rewards=rewards, baselines=self._baselines(rewards), ref_log_probs=ref_log_probs)
+        rollout = self.sample(batch)
+        return replace(rollout, baselines=self._baselines(rollout.rewards))
 
     def _baselines(self, rewards: Tensor) -> Tensor:
         if self.baseline == "batch_mean":
-            known = rewards.isfinite()
-            own = torch.where(known, rewards, 0.0)
-            total, count = (self.sum_of_processes(each.sum()) for each in (own, known))
-            return ((total - own) / (count - known.double())).to(rewards.dtype)
+            return self.others_mean(rewards)
         if self.baseline == "moving_average":
             return torch.zeros_like(rewards) + self.moving_average.nan_to_num(0.0)  # the first step has no past
         return torch.zeros_like(rewards)

@@ -29,9 +29,5 @@ class RLOO(BaselineModule):
 
     def collect(self, batch: dict[str, Any]) -> Rollout:
         """Sample y several times and score each."""
-        sampled, _ = self.generate(batch, greedy=False)
-        (rewards,) = self.score(batch, sampled)
-        with self.phase("reference"):
-            ref_log_probs = self.reference_log_probs(sampled)
-        baselines = leave_one_out_baselines(rewards, self.sampling.num_samples)
-        return replace(sampled, rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
+        rollout = self.sample(batch)
+        return replace(rollout, baselines=leave_one_out_baselines(rollout.rewards, self.sampling.num_samples))

@@ -1,8 +1,9 @@
 """A policy with a reward and a reference: what it takes to evaluate it, and what training is built on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -133,18 +134,30 @@ class ScoredPolicyModule(PolicyModule):
         rewards = rewards.masked_fill(rewards.abs() > LARGEST_REWARD, float("nan"))
         return list(rewards[[number[key] for key in keys]].split([len(texts) for texts in responses]))
 
-    @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor | None:
         """Log-probs of the response tokens under the reference, nats, (B, T); None without one."""
         if self.reference is None:
             return None
-        log_probs = torch.zeros(rollout.response_ids.shape, device=self.device)
-        with self.as_reference() as reference, gathered(reference):
+        with self.as_reference() as reference:
+            return self.of_tokens(partial(log_probs_of, temperature=self.sampling.temperature), reference, rollout)
+
+    @torch.no_grad()
+    def of_tokens(
+        self, read: Callable[[PreTrainedModel, Tensor, Tensor], Tensor], model: PreTrainedModel, rollout: Rollout
+    ) -> Tensor:
+        """What a model says of each response token, in micro-batches, (B, T); 0 elsewhere.
+
+        Args:
+            read: From the model, sequences (B, L) and where N response tokens are in them (B, L) to a number for each.
+            model: The model, which is gathered once.
+            rollout: The responses.
+        """
+        values = torch.zeros(rollout.response_ids.shape, device=self.device)
+        with gathered(model):
             for rows in self.micro_batches(rollout.total_lengths):
                 part = rollout.rows(rows)
-                values = log_probs_of(reference, *part.sequences(), temperature=self.sampling.temperature)
-                log_probs[rows, : part.response_ids.shape[1]] = part.at_tokens(values)
-        return log_probs
+                values[rows, : part.response_ids.shape[1]] = part.at_tokens(read(model, *part.sequences()))
+        return values
 
     def scored_rows(self, policy: PreTrainedModel, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """A row for each prompt: a policy's sampled response, its rewards, length and KL to the reference."""

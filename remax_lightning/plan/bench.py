@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from remax_lightning.models.lora import LoRA, add_lora
+from remax_lightning.models.lora import LoRA, with_lora
 from remax_lightning.models.parallelize import checkpoint_activations
 from remax_lightning.models.source import ModelSource
 from remax_lightning.plan.memory import Head
@@ -42,8 +42,7 @@ class Body:
     def build(self) -> PreTrainedModel:
         """The model on the meta device, in the type in which it is kept."""
         model = build(self.source, self.name, scalar=self.is_scalar, label=self.label)
-        if self.lora is not None:
-            model = cast(PreTrainedModel, add_lora(model, replace(self.lora, merge=True)))
+        model = with_lora(model, None if self.lora is None else replace(self.lora, merge=True))
         if self.is_checkpointed:
             checkpoint_activations(model)
         return model.train() if self.is_trained else model.requires_grad_(False).eval()

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from remax_lightning.models.parallelize import blocks
-from remax_lightning.models.source import ModelSource
+from remax_lightning.models.source import ModelSource, without_dropout
 
 EIGHT_BIT = ("torchao", "bitsandbytes")
 BLOCK = 256
@@ -97,11 +97,7 @@ def load_config(source: ModelSource, name: str, **overrides: Any) -> PretrainedC
         )
     if source.config is None or needs_tokenizer:
         return source.load_config(**overrides)
-    config = AutoConfig.for_model(**{**source.config, **overrides})
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-    return config
+    return without_dropout(AutoConfig.for_model(**{**source.config, **overrides}))
 
 
 def _is_folder(path: str | None) -> bool:

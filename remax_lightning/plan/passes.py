@@ -13,6 +13,7 @@ from remax_lightning.models.head import without_head
 from remax_lightning.models.scalar_model import sequence_scores
 from remax_lightning.plan.dry_run import Ledger, Usage, dry_run
 from remax_lightning.rollout.kv_cache import PreallocatedCache
+from remax_lightning.rollout.next_logits import decoding_step
 from remax_lightning.rollout.sampling import sample_tokens
 from remax_lightning.rollout.types import Sampling
 
@@ -168,14 +169,8 @@ def _decoding(
 def _step(model: PreTrainedModel, cache: PreallocatedCache, rows: int, width: int) -> Tensor:
     ids = _ids(rows, width)
     length = cache.attention_layers[0].length + width
-    return model(
-        input_ids=ids,
-        attention_mask=torch.ones(rows, length, dtype=torch.bool, device="meta"),
-        position_ids=torch.zeros_like(ids),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    mask = torch.ones(rows, length, dtype=torch.bool, device="meta")
+    return decoding_step(model, ids, mask, torch.zeros_like(ids), cache)
 
 
 def _scores(model: PreTrainedModel, rows: int, length: int) -> Tensor:

@@ -68,9 +68,9 @@ class NextLogits:
     def logits(self, ids: Tensor, mask: Any, positions: Tensor) -> Tensor:
         """Logits after the last column."""
         if self.head is None:
-            return _step(self.policy, ids, mask, positions, self.cache)
+            return decoding_step(self.policy, ids, mask, positions, self.cache)
         with without_head(self.head.head):
-            hidden = _step(self.policy, ids, mask, positions, self.cache)
+            hidden = decoding_step(self.policy, ids, mask, positions, self.cache)
         return self.head(hidden)
 
 
@@ -128,10 +128,13 @@ class CompiledNextLogits(NextLogits):
 @cache
 def compiled_step(device_type: str) -> Callable[..., Tensor]:
     """The decoding step, compiled; the same for all models and rollouts, so that what was compiled is found again."""
-    return torch.compile(_step, mode="reduce-overhead" if device_type == "cuda" else None)
+    return torch.compile(decoding_step, mode="reduce-overhead" if device_type == "cuda" else None)
 
 
-def _step(policy: PreTrainedModel, ids: Tensor, masks: Any, positions: Tensor, cache: PreallocatedCache) -> Tensor:
+def decoding_step(
+    policy: PreTrainedModel, ids: Tensor, masks: Any, positions: Tensor, cache: PreallocatedCache
+) -> Tensor:
+    """Logits after the last of some more columns, which are added to the cache, (R, V)."""
     outputs = policy(
         input_ids=ids,
         attention_mask=masks,

@@ -32,7 +32,7 @@ from remax_lightning.models.language_model import load_language_model
 from remax_lightning.models.lora import LoRA
 from remax_lightning.models.parallelize import Sharding, blocks, gathered, sharded_units, whole
 from remax_lightning.models.scalar_model import load_reward_model
-from remax_lightning.models.sharded_loading import load_sharded, stored_keys
+from remax_lightning.models.sharded_loading import load_sharded, stored_keys, weights_folder
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import PPO, RLOO, SFT, KLControl, PolicyGradientModule, Reinforce, ReMax, RewardModel
 from remax_lightning.modules.base import TrainableModule
@@ -277,6 +277,12 @@ def sharding_of(world: int) -> Sharding:
     return Sharding(mesh=mesh, device=torch.device("cpu"), compute_dtype=torch.float32)
 
 
+def in_slices(source: ModelSource) -> bool:
+    """Whether the files of a source hold its parameters as they are."""
+    files = weights_folder(source)
+    return files is not None and stored_keys(load_language_model(source, on_meta=True), files, None) is not None
+
+
 def loading(folder: Path, world: int) -> Results:
     """Models loaded in slices, or handed out, against the same ones loaded whole."""
     sharding, found = sharding_of(world), {}
@@ -293,7 +299,7 @@ def loading(folder: Path, world: int) -> Results:
             logits = model(input_ids=ids).logits
             difference = (logits - expected(input_ids=ids).logits).abs().max()
         found[name] = {
-            "is_sliced": stored_keys(load_language_model(source, on_meta=True), source, None) is not None,
+            "is_sliced": in_slices(source),
             "same_names": state.keys() == dict(expected.named_parameters()).keys(),
             "equal": all(torch.equal(state[key], value) for key, value in expected.named_parameters()),
             "difference": float(difference),

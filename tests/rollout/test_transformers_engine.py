@@ -228,7 +228,7 @@ def test_rows_leave_out_common_padding() -> None:
 def test_the_step_of_constant_shape_gives_the_same_responses(
     architecture: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: next_logits._step)
+    monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: next_logits.decoding_step)
     model, batch, engine = tiny.language_model(architecture), prompts(lengths), TransformersEngine(compile=True)
     sampling = Sampling(24, num_samples=2)
     expected = TransformersEngine().generate(model, batch, sampling, stop_token_ids=STOPS)
@@ -245,7 +245,7 @@ def test_the_compiled_step_is_compiled_a_few_times_only(monkeypatch: pytest.Monk
     counters = torch._dynamo.utils.counters
     counters.clear()
     # the backend that needs no C++ compiler
-    step = torch.compile(next_logits._step, backend="eager", fullgraph=True)
+    step = torch.compile(next_logits.decoding_step, backend="eager", fullgraph=True)
     monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: step)
     model, batch = tiny.language_model(), prompts([3, 11, 6, 4, 9, 2])
     engine, lengths = TransformersEngine(compile=True), []
