@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from remax_lightning.callbacks.checkpoint_folder import load_folder
 from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
-from remax_lightning.models.optimizer_state import named, numbered
+from remax_lightning.models.optimizer_state import keyed_by_index, keyed_by_name
 from remax_lightning.models.parallelize import Sharding
 from remax_lightning.modules.base import TrainableModule
 
@@ -102,13 +102,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.model is not None
         options = StateDictOptions(full_state_dict=is_whole, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, raw, options=options)
-        return numbered(state) if is_whole and self.is_global_zero else state
+        return keyed_by_index(state) if is_whole and self.is_global_zero else state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint, each process its part, or process 0 all of it."""
         path = self.broadcast(filepath)
         if self._save_distributed_checkpoint:
-            self._safe_io.save_split(checkpoint, path)
+            self._safe_io.save_sharded(checkpoint, path)
         elif self.is_global_zero:
             self._safe_io.save_checkpoint(checkpoint, path)
 
@@ -131,7 +131,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             states = []
             for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
                 groups = [[names[id(value)] for value in group["params"]] for group in optimizer.param_groups]
-                states.append(named(saved, groups))
+                states.append(keyed_by_name(saved, groups))
         set_model_state_dict(self.model, state, options=options)
         for optimizer, each in zip(self.optimizers, states, strict=True):
             set_optimizer_state_dict(self.model, optimizer, cast(Any, each), options=options)

@@ -17,10 +17,10 @@ from remax_lightning.callbacks.resume_check import check_configuration, check_mo
 from remax_lightning.callbacks.safe_checkpoint_io import (
     SafeCheckpointIO,
     add_score,
-    free_name,
     manifests,
     newest_complete,
     remove_partial,
+    unused_path,
 )
 from remax_lightning.callbacks.termination import Terminated, Termination, end_children
 from remax_lightning.modules.base import TrainableModule
@@ -190,7 +190,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _free_path(self) -> str:
         assert self.end is not None
-        return str(free_name(self.folder, self.end.step))
+        return str(unused_path(self.folder, self.end.step))
 
     def _is_unsaved(self, trainer: Trainer) -> bool:
         """Whether there is something to save; before the first optimizer step there is not."""

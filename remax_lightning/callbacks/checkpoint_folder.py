@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from remax_lightning.callbacks.synced_file import size_and_digest, sync_folder, write_synced
-from remax_lightning.models.optimizer_state import numbered
+from remax_lightning.models.optimizer_state import keyed_by_index
 
 REST = "rest.pt"
 Files = dict[str, tuple[int, str]]
@@ -90,7 +90,7 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
     checkpoint["state_dict"] = nested["state_dict"]
     optimizers = checkpoint.pop("optimizers")
     checkpoint["optimizer_states"] = [
-        numbered(_joined(state, nested.get(_name(number), {}))) for number, state in enumerate(optimizers)
+        keyed_by_index(_joined(state, nested.get(_name(number), {}))) for number, state in enumerate(optimizers)
     ]
     return checkpoint
 

@@ -97,7 +97,7 @@ class GradientVariance(Callback):
         part = {name: column[: self.num_prompts] for name, column in batch.items()}
         with trainer.profiler.profile("gradient_variance"), trainer.precision_plugin.forward_context():  # type: ignore[attr-defined]
             own = self._sums(pl_module, part)
-            sums = VarianceSums(*(pl_module.sum_of_processes(each) for each in own))
+            sums = VarianceSums(*(pl_module.sum_over_ranks(each) for each in own))
         variances = gradient_variances(sums)
         ratios = torch.where(variances[0] > 0, variances / variances[0], torch.nan)
         found = {f"variance_ratio_{name}": ratio for name, ratio in zip(BASELINES, ratios, strict=True)}

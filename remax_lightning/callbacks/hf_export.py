@@ -38,7 +38,7 @@ def export_module(module: TrainableModule, output_dir: str, *, write: bool = Tru
         output_dir: Folder to write.
         write: False takes part only.
     """
-    model = module.whole_model()
+    model = module.unsharded_model()
     if write:
         assert model is not None
         export(model, module.tokenizer, output_dir, merge=module.lora is None or module.lora.merge)

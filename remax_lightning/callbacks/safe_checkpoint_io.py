@@ -24,11 +24,11 @@ from remax_lightning.callbacks.checkpoint_folder import (
     write_part,
 )
 from remax_lightning.callbacks.synced_file import (
-    failing_together,
+    raise_on_all_ranks,
     remove,
     size_and_digest,
     sync_folder,
-    unwritten,
+    write_error,
     write_synced,
 )
 
@@ -86,10 +86,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
         except BaseException as error:
             remove(partial)
             if isinstance(error, OSError):
-                raise unwritten(path, error) from error
+                raise write_error(path, error) from error
             raise
 
-    def save_split(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+    def save_sharded(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Write a checkpoint of which each process has a part, as a folder, and its manifest; collective.
 
         Raises:
@@ -99,15 +99,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
         partial = path.with_name(path.name + PARTIAL_SUFFIX)
         is_first = dist.get_rank() == 0
         try:
-            with failing_together(path):
+            with raise_on_all_ranks(path):
                 if is_first:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     remove(partial)
-            with failing_together(path):
+            with raise_on_all_ranks(path):
                 files = write_part(checkpoint, partial)
             parts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(parts, files)
-            with failing_together(path):
+            with raise_on_all_ranks(path):
                 if is_first:
                     size, sha256 = together({name: value for part in parts for name, value in part.items()})
                     self._put_in_place(checkpoint, size, sha256, partial, path)
@@ -122,7 +122,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         step = int(checkpoint.get("global_step", 0))
         write_manifest(path, Manifest(size, sha256, step, saved_at=time.time_ns(), run=self.run))
         if path.is_dir():
-            remove(path)  # it is of no use, see free_name
+            remove(path)  # it is of no use, see unused_path
         os.replace(partial, path)
         sync_folder(path.parent)
 
@@ -178,7 +178,7 @@ def read_manifest(path: str | Path) -> Manifest | None:
         return None
 
 
-def free_name(folder: Path, step: int) -> Path:
+def unused_path(folder: Path, step: int) -> Path:
     """A name for a checkpoint that no complete one has: nothing that could be needed is ever replaced."""
     number, path = 1, folder / f"step={step}{SUFFIX}"
     while (manifest := read_manifest(path)) is not None and path.exists() and fault(path, manifest) is None:

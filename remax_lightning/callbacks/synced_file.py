@@ -77,13 +77,13 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def failing_together(path: Path) -> Iterator[None]:
+def raise_on_all_ranks(path: Path) -> Iterator[None]:
     """Raise in all processes what is raised in one of them; collective."""
     failure: OSError | None = None
     try:
         yield
     except (OSError, CheckpointException) as error:
-        failure = unwritten(path, error)
+        failure = write_error(path, error)
     failures: list[OSError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     for each in failures:
@@ -91,7 +91,7 @@ def failing_together(path: Path) -> Iterator[None]:
             raise each
 
 
-def unwritten(path: Path, error: BaseException) -> OSError:
+def write_error(path: Path, error: BaseException) -> OSError:
     """What to say of a checkpoint that could not be written."""
     reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
     return OSError(

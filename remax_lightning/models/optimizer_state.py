@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def numbered(state: dict[str, Any]) -> dict[str, Any]:
+def keyed_by_index(state: dict[str, Any]) -> dict[str, Any]:
     """A state by names as one by numbers: the parameters of all groups are counted through.
 
     Args:
@@ -18,7 +18,7 @@ def numbered(state: dict[str, Any]) -> dict[str, Any]:
     return {"state": {numbers[name]: value for name, value in state.get("state", {}).items()}, "param_groups": groups}
 
 
-def named(state: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
+def keyed_by_name(state: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
     """A state by numbers as one by names.
 
     Args:

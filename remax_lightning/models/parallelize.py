@@ -96,6 +96,6 @@ def sync_gradients(model: nn.Module, sharding: Sharding, *, is_last: bool) -> No
     cast(FSDPModule, model).set_requires_gradient_sync(is_last or sharding.sync_every_micro_batch)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be split over processes, put together; collective if it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -27,7 +27,7 @@ from remax_lightning.models.adapter_folder import adapter_base
 from remax_lightning.models.adapter_names import base_name, is_adapter
 from remax_lightning.models.language_model import freeze
 from remax_lightning.models.lora import LoRA, initial_adapter, with_lora
-from remax_lightning.models.parallelize import Sharding, shard, sharded_units, whole
+from remax_lightning.models.parallelize import Sharding, full_tensor, shard, sharded_units
 from remax_lightning.models.source import ModelSource
 
 Loader = Callable[..., PreTrainedModel]
@@ -70,21 +70,21 @@ def load_sharded(
     shard(model, sharding, frozen=frozen)
     allocate(model, base, sharding, frozen=frozen)
     if keys is not None:
-        read_slices(model, str(folder), keys)
+        read_shards(model, str(folder), keys)
     else:
-        hand_out(whole_state(load, source), model)
+        scatter_from_rank_0(rank_0_state_dict(load, source), model)
     for name, value in model.named_parameters():
         if is_adapter(name):
-            copy_slice(initial_adapter(name, value.shape, 0), value)
+            copy_shard(initial_adapter(name, value.shape, 0), value)
     return model
 
 
-def structure(load: Loader, source: ModelSource, lora: LoRA | None) -> PreTrainedModel:
+def build_on_meta(load: Loader, source: ModelSource, lora: LoRA | None) -> PreTrainedModel:
     """A model on the meta device, with its adapters."""
     return with_lora(load(source, on_meta=True), lora)
 
 
-def read_slices(model: nn.Module, folder: str, keys: dict[str, str]) -> None:
+def read_shards(model: nn.Module, folder: str, keys: dict[str, str]) -> None:
     """Fill a split model with this process's slices of safetensors files; collective.
 
     Args:
@@ -168,7 +168,7 @@ def weights_folder(source: ModelSource) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) and adapter_base(str(folder)) is None else None
 
 
-def whole_state(load: Loader, source: ModelSource) -> dict[str, Tensor] | None:
+def rank_0_state_dict(load: Loader, source: ModelSource) -> dict[str, Tensor] | None:
     """The values of a whole model in process 0, None in the others; what is raised there is raised by all."""
     state, failure = None, [None]
     if dist.get_rank() == 0:
@@ -182,7 +182,7 @@ def whole_state(load: Loader, source: ModelSource) -> dict[str, Tensor] | None:
     return state
 
 
-def hand_out(state: dict[str, Tensor] | None, model: nn.Module) -> None:
+def scatter_from_rank_0(state: dict[str, Tensor] | None, model: nn.Module) -> None:
     """Fill a split model with the values that process 0 has, one after the other.
 
     Args:
@@ -196,7 +196,7 @@ def hand_out(state: dict[str, Tensor] | None, model: nn.Module) -> None:
             full = (
                 torch.empty(value.shape, dtype=value.dtype, device=device) if state is None else state[base_name(name)]
             )
-            copy_slice(full.to(device, value.dtype), value, from_process_0=True)
+            copy_shard(full.to(device, value.dtype), value, from_rank_0=True)
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in saved:
@@ -205,7 +205,9 @@ def hand_out(state: dict[str, Tensor] | None, model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def split_copy(model: PreTrainedModel, load: Loader, source: ModelSource, sharding: Sharding) -> PreTrainedModel:
+def sharded_frozen_copy(
+    model: PreTrainedModel, load: Loader, source: ModelSource, sharding: Sharding
+) -> PreTrainedModel:
     """A copy of a split model that is never trained, in the type that is computed in.
 
     Args:
@@ -228,23 +230,23 @@ def split_copy(model: PreTrainedModel, load: Loader, source: ModelSource, shardi
     return freeze(copy)
 
 
-def whole_copy(model: nn.Module, structure: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
+def gather_to_rank_0(model: nn.Module, build_on_meta: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
     """A split model put together in the host memory of process 0; collective.
 
     Args:
         model: The split model.
-        structure: Builds the same model on the meta device.
+        build_on_meta: Builds the same model on the meta device.
 
     Returns:
         The copy in process 0, None in the others.
     """
     for unit in sharded_units(model):
         unit.reshard()  # what a forward pass has left gathered is in the type of the computation
-    copy = structure().to_empty(device="cpu") if dist.get_rank() == 0 else None
+    copy = build_on_meta().to_empty(device="cpu") if dist.get_rank() == 0 else None
     for part in (nn.Module.named_parameters, nn.Module.named_buffers):
         targets = {} if copy is None else dict(part(copy, remove_duplicate=False))
         for name, value in part(model):
-            full = whole(value.detach())
+            full = full_tensor(value.detach())
             if copy is not None:
                 targets[name].data.copy_(full)
     if copy is not None:
@@ -252,16 +254,16 @@ def whole_copy(model: nn.Module, structure: Callable[[], PreTrainedModel]) -> Pr
     return copy
 
 
-def copy_slice(full: Tensor, target: Tensor, *, from_process_0: bool = False) -> None:
+def copy_shard(full: Tensor, target: Tensor, *, from_rank_0: bool = False) -> None:
     """Copy this process's slice of a whole tensor.
 
     Args:
         full: The whole tensor; only its shape and type matter where it comes from process 0.
         target: A split parameter.
-        from_process_0: Take the values of process 0; collective. Otherwise each process takes its own.
+        from_rank_0: Take the values of process 0; collective. Otherwise each process takes its own.
     """
     assert isinstance(target, DTensor)
-    source_rank = 0 if from_process_0 else None
+    source_rank = 0 if from_rank_0 else None
     own = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=source_rank)
     with torch.no_grad():
         target.to_local().copy_(own.to_local())

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from remax_lightning.models.lora import LoRA, check_quantization, leave_out_frozen, with_lora
-from remax_lightning.models.parallelize import Sharding, checkpoint_activations, sync_gradients, whole
-from remax_lightning.models.sharded_loading import Loader, load_sharded, peak_host_memory, whole_copy
+from remax_lightning.models.parallelize import Sharding, checkpoint_activations, full_tensor, sync_gradients
+from remax_lightning.models.sharded_loading import Loader, gather_to_rank_0, load_sharded, peak_host_memory
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.means import Means
 from remax_lightning.modules.optimizers import parameter_groups
@@ -100,7 +100,7 @@ class TrainableModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what this loop cannot do right."""
-        check_trainer(self.trainer, is_split=self.sharding is not None)
+        check_trainer(self.trainer, is_sharded=self.sharding is not None)
 
     def load(self, load: Loader, source: ModelSource) -> PreTrainedModel:
         """A model to train: with adapters, split over processes and with checkpointed activations, as configured.
@@ -121,12 +121,12 @@ class TrainableModule(LightningModule):
         return model.train()
 
     @abstractmethod
-    def structure(self) -> PreTrainedModel:
+    def build_on_meta(self) -> PreTrainedModel:
         """The trained model on the meta device."""
 
-    def whole_model(self) -> PreTrainedModel | None:
+    def unsharded_model(self) -> PreTrainedModel | None:
         """The trained model in one piece, for export: if it is split over processes a copy, in process 0 alone."""
-        return self.trained_model if self.sharding is None else whole_copy(self.trained_model, self.structure)
+        return self.trained_model if self.sharding is None else gather_to_rank_0(self.trained_model, self.build_on_meta)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over groups of parameters, and the schedule of its learning rate."""
@@ -161,14 +161,14 @@ class TrainableModule(LightningModule):
             lengths: Tokens of each row of this process's batch, (B,).
             losses: From row indices to the summed loss, divided by ``num_terms``, of each of the trained models; a loss
                 is computed when the backward pass of the one before it is done, except under DDP.
-            num_terms: Number of :meth:`terms_per_process`; 0 if every row was dropped.
+            num_terms: Number of :meth:`mean_count_per_rank`; 0 if every row was dropped.
 
         Raises:
             RuntimeError: After ten skipped steps in a row.
         """
         optimizer = cast(Optimizer, self.optimizers())
         micro_batches = self.micro_batches(lengths)
-        num_passes = self._most_of_processes(len(micro_batches))
+        num_passes = self._max_over_ranks(len(micro_batches))
         for number in range(num_passes):
             with self._gradient_sync(is_last=number == num_passes - 1):
                 self._backward(losses(micro_batches[number]) if number < len(micro_batches) else self._no_losses())
@@ -194,7 +194,7 @@ class TrainableModule(LightningModule):
     def _clip(self, model: PreTrainedModel) -> Tensor:
         """Scale a model's gradient down to the largest norm; its norm before."""
         max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
     def accepts_step(self) -> bool:
         """False skips the step, though its gradient is finite; all processes have to agree."""
@@ -221,7 +221,7 @@ class TrainableModule(LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not is_last else nullcontext()
 
-    def _most_of_processes(self, count: int) -> int:
+    def _max_over_ranks(self, count: int) -> int:
         """The largest count of all processes where they have to call a sharded model equally often; else the count."""
         if self.sharding is None:
             return count
@@ -246,15 +246,15 @@ class TrainableModule(LightningModule):
                 "are those before them: look at the rewards and the data, or lower the learning rate"
             )
 
-    def terms_per_process(self, count: Tensor) -> Tensor:
+    def mean_count_per_rank(self, count: Tensor) -> Tensor:
         """Terms (tokens, pairs) of all processes' batches over the number of processes.
 
         Strategies average gradients over processes; losses divided by this number then add up to the mean over all
         terms of the global batch, whatever their split over processes and micro-batches.
         """
-        return self.sum_of_processes(count) / self.trainer.world_size
+        return self.sum_over_ranks(count) / self.trainer.world_size
 
-    def sum_of_processes(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Values added over all processes, float64."""
         return cast(Tensor, self.trainer.strategy.reduce(values.double(), reduce_op="sum"))
 

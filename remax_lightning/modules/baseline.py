@@ -58,7 +58,7 @@ class BaselineModule(PolicyGradientModule):
         )
         return advantages - self.kl_weight * self._kl_gradient(rollout) if in_loss else advantages
 
-    def keep_scored(self, rollout: Rollout) -> Rollout:
+    def mask_unscored_rows(self, rollout: Rollout) -> Rollout:
         """As PolicyGradientModule's; and note how good the baselines are."""
         rewards, baselines = rollout.rewards, rollout.baselines
         scored = rewards.isfinite() & baselines.isfinite()
@@ -66,13 +66,13 @@ class BaselineModule(PolicyGradientModule):
         self.train_means.add("baseline_gap", rewards - baselines, scored)
         self.train_means.add("beats_baseline", rewards > baselines, scored)
         self.train_means.add("baseline_correlation", self._correlation(rewards[scored], baselines[scored]))
-        return super().keep_scored(rollout)
+        return super().mask_unscored_rows(rollout)
 
     def _correlation(self, first: Tensor, second: Tensor) -> Tensor:
         """Pearson's correlation over the rows of all processes; 0 if one of the two does not vary."""
         pairs = torch.stack([torch.ones_like(first), first, second]).double()
         # sums of products of 1, x and y: the count, both sums, both sums of squares and that of the products
-        sums = self.sum_of_processes(pairs @ pairs.T)
+        sums = self.sum_over_ranks(pairs @ pairs.T)
         covariance = sums[0, 0] * sums - torch.outer(sums[0], sums[0])
         correlation = covariance[1, 2] / (covariance[1, 1] * covariance[2, 2]).clamp(min=0).sqrt()
         return correlation.nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from remax_lightning.models.language_model import load_language_model, stop_token_ids
 from remax_lightning.models.parallelize import gathered
-from remax_lightning.models.sharded_loading import structure
+from remax_lightning.models.sharded_loading import build_on_meta
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.rollout import Rollout, RolloutEngine, Sampling, TransformersEngine
@@ -40,9 +40,9 @@ class PolicyModule(TrainableModule):
         """The policy."""
         return self.policy
 
-    def structure(self) -> PreTrainedModel:
+    def build_on_meta(self) -> PreTrainedModel:
         """The policy on the meta device."""
-        return structure(load_language_model, self.policy_source, self.lora)
+        return build_on_meta(load_language_model, self.policy_source, self.lora)
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be right."""

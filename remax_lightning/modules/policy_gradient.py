@@ -83,7 +83,7 @@ class PolicyGradientModule(ScoredPolicyModule):
         start = time.perf_counter()
         num_responses = len(batch["prompt_index"]) * self.sampling.num_samples * self.trainer.world_size
         self._check_horizon(num_responses)
-        rollout = self.keep_scored(self.collect(batch))
+        rollout = self.mask_unscored_rows(self.collect(batch))
         advantages = self.advantages(rollout)
         with self.phase("update"):
             self.learn(rollout, advantages)
@@ -97,7 +97,7 @@ class PolicyGradientModule(ScoredPolicyModule):
         means = self.log_training(progress=("reward", "kl"))
         self.end_step(means, num_responses)
 
-    def teaches(self, rollout: Rollout, advantages: Tensor) -> Tensor:
+    def rows_with_gradient(self, rollout: Rollout, advantages: Tensor) -> Tensor:
         """True for the rows that have a gradient, (B,): those with an advantage."""
         return advantages.any(dim=1)
 
@@ -129,16 +129,16 @@ class PolicyGradientModule(ScoredPolicyModule):
 
     def learn(self, rollout: Rollout, advantages: Tensor) -> None:
         """One optimizer step on a rollout."""
-        num_tokens = self.terms_per_process(rollout.response_mask.sum())
-        taught = self.teaches(rollout, advantages).nonzero()[:, 0]
-        taught = taught if len(taught) > 0 else taught.new_zeros(1)  # every process has to take part in a step
+        num_tokens = self.mean_count_per_rank(rollout.response_mask.sum())
+        active = self.rows_with_gradient(rollout, advantages).nonzero()[:, 0]
+        active = active if len(active) > 0 else active.new_zeros(1)  # every process has to take part in a step
 
         def losses(index: Tensor) -> Iterator[Tensor]:
-            rows = taught[index]
+            rows = active[index]
             part = rollout.rows(rows)
             return self.losses(part, advantages[rows, : part.response_ids.shape[1]], num_tokens)
 
-        self.update(rollout.total_lengths[taught], losses, num_tokens)
+        self.update(rollout.total_lengths[active], losses, num_tokens)
 
     def generate(
         self, batch: dict[str, Any], *, greedy: bool, greedy_max_new_tokens: int | None = None
@@ -166,7 +166,7 @@ class PolicyGradientModule(ScoredPolicyModule):
         """Mean of all other finite rewards of the batch, over all processes, (B,)."""
         known = rewards.isfinite()
         own = torch.where(known, rewards, 0.0)
-        total, count = (self.sum_of_processes(each.sum()) for each in (own, known))
+        total, count = (self.sum_over_ranks(each.sum()) for each in (own, known))
         return ((total - own) / (count - known.double())).to(rewards.dtype)
 
     def accepts_step(self) -> bool:
@@ -176,7 +176,7 @@ class PolicyGradientModule(ScoredPolicyModule):
         self.train_means.add("log_prob_drift", drift)
         if self.max_log_prob_drift is None:
             return True
-        total, count = (self.terms_per_process(each.sum()) for each in (drift, torch.ones_like(drift)))
+        total, count = (self.mean_count_per_rank(each.sum()) for each in (drift, torch.ones_like(drift)))
         return bool(total <= self.max_log_prob_drift * count)
 
     def score(self, batch: dict[str, Any], *rollouts: Rollout) -> list[Tensor]:
@@ -186,7 +186,7 @@ class PolicyGradientModule(ScoredPolicyModule):
         pairs = zip(rewards, rollouts, strict=True)
         return [each - self.missing_stop_penalty * rollout.truncated for each, rollout in pairs]
 
-    def keep_scored(self, rollout: Rollout) -> Rollout:
+    def mask_unscored_rows(self, rollout: Rollout) -> Rollout:
         """Drop the rows whose reward or baseline is not finite: no token of theirs counts; and note the metrics."""
         scored = torch.isfinite(rollout.rewards) & torch.isfinite(rollout.baselines)
         means = self.train_means

@@ -155,7 +155,7 @@ class PPO(PolicyGradientModule):
         mask = rollout.response_mask
         rollout = replace(rollout, returns=(advantages + rollout.values).masked_fill(~mask, 0.0))
         if self.normalize_advantages:
-            moments = self.sum_of_processes(masked_moments(advantages, mask))
+            moments = self.sum_over_ranks(masked_moments(advantages, mask))
             advantages = normalized(advantages, mask, moments)
         step = self.global_step
         for epoch in range(self.num_epochs):
@@ -163,7 +163,7 @@ class PPO(PolicyGradientModule):
                 part = rollout.rows(rows)
                 super().learn(part, advantages[rows, : part.response_ids.shape[1]])
 
-    def teaches(self, rollout: Rollout, advantages: Tensor) -> Tensor:
+    def rows_with_gradient(self, rollout: Rollout, advantages: Tensor) -> Tensor:
         """True for the rows with tokens: also without an advantage they teach the value model, and a KL in the loss."""
         return rollout.response_mask.any(dim=1)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from remax_lightning.functional.losses import bradley_terry_loss
 from remax_lightning.models.parallelize import gathered
 from remax_lightning.models.scalar_model import load_reward_model, sequence_scores
-from remax_lightning.models.sharded_loading import structure
+from remax_lightning.models.sharded_loading import build_on_meta
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.modules.optimizers import reward_model_adamw
@@ -57,9 +57,9 @@ class RewardModel(TrainableModule):
         if "model" not in self._modules:
             self.model = self.load(load_untrained, self.model_source)
 
-    def structure(self) -> PreTrainedModel:
+    def build_on_meta(self) -> PreTrainedModel:
         """The reward model on the meta device."""
-        return structure(load_untrained, self.model_source, self.lora)
+        return build_on_meta(load_untrained, self.model_source, self.lora)
 
     def scores(self, batch: dict[str, Tensor], pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and of the rejected responses of some pairs, (N,) each."""
@@ -79,7 +79,7 @@ class RewardModel(TrainableModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step."""
         lengths = torch.maximum(*batch["attention_mask"].sum(dim=1).chunk(2))  # of the longer response of each pair
-        num_pairs = self.terms_per_process(torch.tensor(len(lengths), device=self.device))
+        num_pairs = self.mean_count_per_rank(torch.tensor(len(lengths), device=self.device))
 
         def losses(pairs: Tensor) -> Iterator[Tensor]:
             chosen, rejected = self.scores(batch, pairs)

@@ -17,7 +17,7 @@ from remax_lightning.models.language_model import freeze, frozen_copy, load_lang
 from remax_lightning.models.lora import without_adapters
 from remax_lightning.models.next_token import log_probs_of
 from remax_lightning.models.parallelize import gathered
-from remax_lightning.models.sharded_loading import load_sharded, split_copy
+from remax_lightning.models.sharded_loading import load_sharded, sharded_frozen_copy
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.policy import PolicyModule, raw_columns, rows_of
 from remax_lightning.rewards import Reward
@@ -82,7 +82,7 @@ class ScoredPolicyModule(PolicyModule):
             return self.policy  # without its adapters, see as_reference
         if self.sharding is None:
             return frozen_copy(self.policy)
-        return split_copy(self.policy, load_language_model, self.policy_source, self.sharding)
+        return sharded_frozen_copy(self.policy, load_language_model, self.policy_source, self.sharding)
 
     @contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:

@@ -37,7 +37,7 @@ class SFT(PolicyModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step."""
         lengths = batch["attention_mask"].sum(dim=1)
-        num_tokens = self.terms_per_process(batch["loss_mask"].sum())
+        num_tokens = self.mean_count_per_rank(batch["loss_mask"].sum())
 
         def losses(rows: Tensor) -> Iterator[Tensor]:
             longest = int(lengths[rows].max())

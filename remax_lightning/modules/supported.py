@@ -4,12 +4,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 
-def check_trainer(trainer: Trainer, *, is_split: bool) -> None:
+def check_trainer(trainer: Trainer, *, is_sharded: bool) -> None:
     """Refuse a precision or a strategy that training is wrong with.
 
     Args:
         trainer: The trainer.
-        is_split: Whether its strategy splits models over processes as this project does.
+        is_sharded: Whether its strategy splits models over processes as this project does.
 
     Raises:
         ValueError: If one of them is.
@@ -17,9 +17,9 @@ def check_trainer(trainer: Trainer, *, is_split: bool) -> None:
     strategy, precision = trainer.strategy, trainer.precision
     if precision == "16-mixed":
         raise ValueError("precision 16-mixed scales the loss, which this loop does not undo; use bf16-mixed")
-    if not is_split and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not is_sharded and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise unsupported_strategy(type(strategy).__name__)
-    if is_split and precision != "32-true":
+    if is_sharded and precision != "32-true":
         raise ValueError(
             f"under fsdp2 trainer.precision must be 32-true, the type of what is kept, got {precision}; the type "
             "of the computation is trainer.strategy.compute_dtype"

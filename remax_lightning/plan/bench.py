@@ -60,37 +60,37 @@ class Bench:
 
     def computing(self, body: Body, layout: Layout) -> PreTrainedModel:
         """A model in the type in which it computes."""
-        if not layout.is_split:
+        if not layout.is_sharded:
             return self.kept(body)
         dtype = torch.bfloat16 if layout.itemsize == 2 else torch.float32
         return self._once(("computing", body, dtype), lambda: cast(nn.Module, body.build()).to(dtype))
 
     def weights(self, body: Body, optimizer: Optimizer, layout: Layout) -> Weights:
         """What a trained model takes on one GPU."""
-        itemsize = layout.itemsize if layout.is_split else None
+        itemsize = layout.itemsize if layout.is_sharded else None
         key = ("weights", body, optimizer, layout.shards, itemsize)
         return self._once(key, lambda: weights(self.kept(body), optimizer, layout.shards, itemsize))
 
     def frozen(self, body: Body, layout: Layout) -> int:
         """Bytes of a frozen model on one GPU while it is not used."""
-        if layout.is_split and layout.offload_frozen:
+        if layout.is_sharded and layout.offload_frozen:
             return 0
         return self._once(("frozen", body, layout.shards), lambda: frozen_bytes(self.kept(body), layout.shards))
 
     def gathered(self, body: Body, layout: Layout) -> int:
         """Bytes of a model put together for its use; 0 if it was not split."""
-        return gathered_bytes(self.kept(body), layout.itemsize) if layout.is_split else 0
+        return gathered_bytes(self.kept(body), layout.itemsize) if layout.is_sharded else 0
 
     def run(self, dry_pass: Callable[..., Any], body: Body, layout: Layout, *arguments: Any) -> Any:
         """What a dry run of a pass of :mod:`remax_lightning.plan.passes` takes."""
-        key = (dry_pass.__name__, body, layout.is_split, layout.itemsize, layout.autocast, arguments)
+        key = (dry_pass.__name__, body, layout.is_sharded, layout.itemsize, layout.autocast, arguments)
         model = self.computing(body, layout)
         return self._once(key, lambda: dry_pass(model, *arguments, autocast=layout.autocast))
 
     def head(self, body: Body, layout: Layout) -> Head | None:
         """The head of a language model; None if it is part of the model's passes."""
         model = self.computing(body, layout)
-        head: nn.Linear | None = self._once(("head", body, layout.is_split), lambda: plain_head(model))
+        head: nn.Linear | None = self._once(("head", body, layout.is_sharded), lambda: plain_head(model))
         if head is None:
             return None
         given = head.weight.element_size()

@@ -83,7 +83,9 @@ class _Run:
         if not self.recipe.has_reference or (self.recipe.lora is not None and self.recipe.reference is None):
             return None
         if self.recipe.reference is None:
-            is_half = self.layout.is_split and self.layout.itemsize == 2  # a split copy has the type of the computation
+            is_half = (
+                self.layout.is_sharded and self.layout.itemsize == 2
+            )  # a split copy has the type of the computation
             source = replace(self.recipe.source, dtype="bfloat16") if is_half else self.recipe.source
             return Body(source, "model.policy")
         return Body(self.recipe.reference, "model.reference")
@@ -200,7 +202,7 @@ class _Run:
 def in_backward(weights: Weights, recipe: Recipe) -> int:
     """Bytes of gradients in the last backward pass of a step."""
     accumulates = recipe.num_passes > 1 and not recipe.layout.sync_every_micro_batch
-    if recipe.layout.is_split and accumulates:
+    if recipe.layout.is_sharded and accumulates:
         return max(weights.whole_gradients, weights.gradients) + weights.reduced
     return weights.gradients + weights.reduced
 

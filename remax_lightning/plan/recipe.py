@@ -43,7 +43,7 @@ class Layout:
     has_buckets: bool = False
 
     @property
-    def is_split(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether FSDP2 splits the models."""
         return self.strategy == "fsdp2"
 

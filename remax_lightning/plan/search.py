@@ -106,7 +106,7 @@ def changes(recipe: Recipe) -> Iterator[Change]:
     layout = recipe.layout
     if not recipe.activation_checkpointing:
         yield "--model.activation_checkpointing true", lambda each: replace(each, activation_checkpointing=True)
-    if layout.is_split:
+    if layout.is_sharded:
         yield from _changes_of_fsdp2(recipe)
     elif layout.gpus > 1:
         yield "--trainer.strategy fsdp2 --trainer.precision 32-true", _split
@@ -114,7 +114,7 @@ def changes(recipe: Recipe) -> Iterator[Change]:
         yield "--model.reward.dtype bfloat16", _half_rewards
     if "Adam" in recipe.optimizer.class_path and not recipe.optimizer.is_8bit and recipe.lora is None:
         yield f"--model.optimizer {EIGHT_BIT_ADAM}", _eight_bit
-    if layout.is_split:
+    if layout.is_sharded:
         yield f"--gpus {2 * layout.gpus}", _twice_the_gpus
     if recipe.lora is None:
         yield "--model.lora.rank 16", lambda each: replace(each, lora=LoRA(rank=16))

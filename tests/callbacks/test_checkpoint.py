@@ -21,12 +21,12 @@ from remax_lightning.callbacks.safe_checkpoint_io import (
     UnusableCheckpoint,
     add_score,
     check_complete,
-    free_name,
     manifest_path,
     manifests,
     newest_complete,
     read_checkpoint,
     read_manifest,
+    unused_path,
 )
 
 
@@ -392,10 +392,10 @@ def test_what_may_not_change_is_refused(configured: Path, tmp_path: Path) -> Non
 
 def test_a_complete_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 3)
-    assert free_name(tmp_path, 3) == tmp_path / "step=3-2.ckpt"
-    assert free_name(tmp_path, 4) == tmp_path / "step=4.ckpt"
+    assert unused_path(tmp_path, 3) == tmp_path / "step=3-2.ckpt"
+    assert unused_path(tmp_path, 4) == tmp_path / "step=4.ckpt"
     truncate(path)
-    assert free_name(tmp_path, 3) == path
+    assert unused_path(tmp_path, 3) == path
 
 
 def test_a_folder_with_a_foreign_pickle_is_refused(tmp_path: Path) -> None:

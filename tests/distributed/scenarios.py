@@ -30,7 +30,7 @@ from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
 from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
 from remax_lightning.models.language_model import load_language_model
 from remax_lightning.models.lora import LoRA
-from remax_lightning.models.parallelize import Sharding, blocks, gathered, sharded_units, whole
+from remax_lightning.models.parallelize import Sharding, blocks, full_tensor, gathered, sharded_units
 from remax_lightning.models.scalar_model import load_reward_model
 from remax_lightning.models.sharded_loading import load_sharded, stored_keys, weights_folder
 from remax_lightning.models.source import ModelSource
@@ -129,7 +129,7 @@ def prompts(folder: Path, world: int, name: str = "prompts") -> PromptDataModule
 
 def weights(module: TrainableModule) -> dict[str, Tensor]:
     """All parameters, whole."""
-    return {name: whole(value.detach()).clone() for name, value in module.trained_model.named_parameters()}
+    return {name: full_tensor(value.detach()).clone() for name, value in module.trained_model.named_parameters()}
 
 
 def fit(module: TrainableModule, data: LightningDataModule, run: Path, world: int, **options: Any) -> Results:
@@ -294,7 +294,7 @@ def loading(folder: Path, world: int) -> Results:
     for name, source in sources.items():
         expected = load_language_model(source).eval()
         model = load_sharded(load_language_model, source, sharding).eval()
-        state = {key: whole(value.detach()) for key, value in model.named_parameters()}
+        state = {key: full_tensor(value.detach()) for key, value in model.named_parameters()}
         with torch.no_grad(), gathered(model):
             logits = model(input_ids=ids).logits
             difference = (logits - expected(input_ids=ids).logits).abs().max()
@@ -385,7 +385,7 @@ def failing_saves(folder: Path, world: int) -> Results:
         if dist.get_rank() == rank:
             setattr(module, name, fail)
         try:
-            SafeCheckpointIO().save_split(checkpoint, path)
+            SafeCheckpointIO().save_sharded(checkpoint, path)
         except OSError as error:
             found[name] = str(error)
         setattr(module, name, original)
