@@ -8,8 +8,23 @@ The generator is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudoran
 to any index of its stream. Not for cryptography.
 """
 
+import os
+
 import torch
 from torch import Tensor
+
+
+def run_seed(seed: int | None) -> int:
+    """The seed itself, or where it is None that of ``seed_everything``; 0 without one.
+
+    Args:
+        seed: Seed of a part of the run, such as the order of the data.
+
+    Example:
+        >>> run_seed(7)
+        7
+    """
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def row_keys(seed: int, step: int, prompt_index: Tensor, sample_index: Tensor) -> Tensor:
