@@ -4,13 +4,26 @@ The models are saved once for the whole run: a test that writes into such a fold
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from jitter import Jitter
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--jitter", action="store_true", help="last bits of matrix products depend on row and shape")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jittered(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that lean on bits that another machine would not give fail with ``--jitter``."""
+    with Jitter() if request.config.getoption("jitter") else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)
