@@ -261,7 +261,7 @@ def test_print_config_round_trips(remax: Path, tmp_path: Path) -> None:
     path.write_text(first)
     assert printed("fit", "--config", path, "--print_config") == first
     config = yaml.safe_load(first)
-    assert config["model"]["class_path"] == "remax_lightning.modules.ReMax"
+    assert config["model"]["class_path"] == "remax_lightning.ReMax"
     assert config["model"]["init_args"]["gamma"] == 0.9
 
 

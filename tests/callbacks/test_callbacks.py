@@ -106,7 +106,7 @@ def test_the_reference_of_a_resumed_run_is_the_first_policy(policy: str, tmp_pat
     tiny.trainer(tmp_path, 3).fit(resumed, datamodule=data, ckpt_path=path)
     assert resumed.reference is not None
     first = AutoModelForCausalLM.from_pretrained(policy)
-    assert tiny.are_equal(tiny.weights(resumed.reference), tiny.weights(first))
+    assert tiny.are_equal(tiny.weights(resumed.reference.model), tiny.weights(first))
 
 
 def test_which_checkpoints_are_kept(policy: str, tmp_path: Path) -> None:
