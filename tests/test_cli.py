@@ -20,11 +20,6 @@ SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 
 
 @pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-@pytest.fixture
 def remax(policy: str, tmp_path: Path) -> Path:
     """Configuration of a ReMax run of three steps."""
     prompts = tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in tiny.PROMPTS])

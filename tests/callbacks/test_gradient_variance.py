@@ -26,20 +26,11 @@ RATIOS = [f"diagnostics/variance_ratio_{name}" for name in ("greedy", "leave_one
 HELPS = "diagnostics/greedy_helps"
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save_model(tmp_path_factory.mktemp("policy"))
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
 def method(kind: type[PolicyGradientModule], policy: str, **options: Any) -> PolicyGradientModule:
     defaults: dict[str, Any] = {
         "sampling": Sampling(max_new_tokens=6, num_samples=2),
         "kl_coef": 0.1,
-        "optimizer": adam,
+        "optimizer": tiny.adam(),
         "lr_schedule": "constant",
     }
     reward = FunctionReward("reward_functions.letter_values")

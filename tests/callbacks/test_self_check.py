@@ -16,11 +16,6 @@ from remax_lightning.rewards import ModelReward, Reward
 from remax_lightning.rollout import Sampling, TransformersEngine
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save_model(tmp_path_factory.mktemp("policy"))
-
-
 def check(module: ReMax, folder: Path, *, prompts: dict[str, Any] | None = None, **options: Any) -> tiny.History:
     data = tiny.prompt_data(folder, **(prompts or {}))
     return tiny.fit(module, data, folder, callbacks=[SelfCheck(**options)])

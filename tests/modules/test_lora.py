@@ -22,11 +22,6 @@ ADAPTERS = LoRA(rank=4)
 IDS = torch.arange(2, 22).view(2, 10)
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
 def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-2)
 

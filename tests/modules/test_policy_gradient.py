@@ -46,16 +46,6 @@ METRICS = {
 }
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "other", seed=1)
-
-
 def start(policy: str) -> dict[str, Tensor]:
     return tiny.weights(AutoModelForCausalLM.from_pretrained(policy))
 

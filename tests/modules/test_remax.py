@@ -20,16 +20,6 @@ from remax_lightning.rollout import Rollout, Sampling, TransformersEngine
 LENGTH = 12
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "other", seed=1)
-
-
 def responses(rollout: Rollout) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
 

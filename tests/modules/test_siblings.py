@@ -21,11 +21,6 @@ from remax_lightning.rollout import Rollout, Sampling
 
 
 @pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-@pytest.fixture
 def reward_model(tmp_path: Path) -> str:
     return tiny.save_reward_model(tmp_path / "reward_model")
 
