@@ -1,4 +1,4 @@
-"""Micro-batches: their sizes where they are asked for, the schedule of a skipped step, casts of the weights before a step."""
+"""Micro-batches: their sizes where they are asked for, the schedule at a skipped step, several updates of a batch."""
 
 from collections.abc import Sequence
 from pathlib import Path
