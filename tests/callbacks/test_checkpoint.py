@@ -16,18 +16,16 @@ import yaml
 
 from remax_lightning import cli
 from remax_lightning.callbacks import Checkpoint
-from remax_lightning.callbacks.safe_checkpoint_io import (
-    SafeCheckpointIO,
+from remax_lightning.callbacks.find_checkpoint import find_checkpoint, newest_complete, verified
+from remax_lightning.callbacks.manifest import (
     UnusableCheckpoint,
-    add_score,
-    check_complete,
+    add_scores,
     manifest_path,
     manifests,
-    newest_complete,
-    read_checkpoint,
     read_manifest,
     unused_path,
 )
+from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO, read_checkpoint
 
 
 def content(step: int) -> dict[str, Any]:
@@ -72,7 +70,7 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     manifest = read_manifest(path)
     assert manifest is not None
     assert (manifest.size, manifest.step) == (path.stat().st_size, 3)
-    check_complete(path)
+    verified(path)
     assert {each.name for each in path.parent.iterdir()} == {"step=3.ckpt", "step=3.ckpt.json"}
 
 
@@ -84,7 +82,7 @@ def test_a_damaged_newest_is_skipped(damage: Any, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"step=9.ckpt is skipped: it"):
         assert newest_complete(tmp_path) == older
     with pytest.raises(UnusableCheckpoint, match=r"step=9.ckpt is corrupt: it"):
-        check_complete(newer)
+        verified(newer)
     damage(older)
     with pytest.raises(UnusableCheckpoint, match=r"no complete checkpoint \(step=10.ckpt: its? .*; step=9.ckpt: its? "):
         newest_complete(tmp_path)
@@ -95,7 +93,7 @@ def test_without_a_manifest_a_file_counts_only_by_name(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 1, 2)
     forget(newer)
     assert newest_complete(tmp_path) == older
-    check_complete(newer)
+    verified(newer)
     forget(older)
     with pytest.raises(UnusableCheckpoint, match=r"step=1.ckpt: no manifest; step=2.ckpt: no manifest"):
         newest_complete(tmp_path)
@@ -108,7 +106,7 @@ def test_a_manifest_without_a_file_is_nothing(tmp_path: Path) -> None:
     path.unlink()
     assert newest_complete(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="there is no checkpoint "):
-        check_complete(path)
+        verified(path)
 
 
 @pytest.mark.parametrize("kind", ["text", "truncated", "object"])
@@ -121,7 +119,7 @@ def test_what_is_not_a_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
     else:
         (saved,) = save(tmp_path, 1)
         path.write_bytes(saved.read_bytes()[:5000])
-    reasons = {"object": r"holds a torch.nn.\S*Linear, whose package"}
+    reasons = {"object": r"contains a torch.nn.\S*Linear, whose package"}
     reason = reasons.get(kind, "cannot be read as tensors and plain types")
     with pytest.raises(UnusableCheckpoint, match=f"some.ckpt {reason}"):
         SafeCheckpointIO().load_checkpoint(path, weights_only=False)
@@ -192,12 +190,12 @@ def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: p
 
 def test_scores_are_kept_in_the_manifest(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 1, 2)
-    add_score(older, "val/reward", 0.5)
+    add_scores(older, {"val/reward": 0.5})
     assert [(path, manifest.scores) for path, manifest in manifests(tmp_path)] == [
         (newer, {}),
         (older, {"val/reward": 0.5}),
     ]
-    check_complete(older)
+    verified(older)
 
 
 def test_keep_last_is_checked(tmp_path: Path) -> None:
@@ -246,7 +244,7 @@ def test_a_full_disk_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     train(policy, folder, 2)
     module = "remax_lightning.callbacks.synced_file.open"
     monkeypatch.setattr(module, partial(FullDisk, room=10_000), raising=False)
-    monkeypatch.setattr("remax_lightning.callbacks.safe_checkpoint_io.fault", lambda *args: None)
+    monkeypatch.setattr("remax_lightning.callbacks.find_checkpoint.integrity_error", lambda *args: None)
     with (
         pytest.warns(UserWarning, match="the state after the last finished step could not be saved"),
         pytest.raises(OSError, match=r"step=3.ckpt could not be written"),
@@ -330,12 +328,12 @@ def test_a_corrupt_file_is_refused(configured: Path) -> None:
 @pytest.mark.parametrize("address", ["http://host/a.ckpt", "https://host/a.ckpt", "s3://bucket/a", "registry:name"])
 def test_addresses_are_refused(address: str, tmp_path: Path) -> None:
     for is_fit in (True, False):
-        with pytest.raises(ValueError, match=f"--ckpt_path takes a local file or last, got {address}; copy it"):
-            cli.find_checkpoint(address, str(tmp_path), is_fit)
+        with pytest.raises(ValueError, match=f"--ckpt_path takes a local path, last or best, got {address}; copy it"):
+            find_checkpoint(address, tmp_path, is_fit=is_fit)
 
 
 def test_the_command_line_refuses_addresses(configured: Path) -> None:
-    with pytest.raises(ValueError, match="--ckpt_path takes a local file or last"):
+    with pytest.raises(ValueError, match="--ckpt_path takes a local path, last or best"):
         run(configured, "--ckpt_path", "http://host/a.ckpt", subcommand="test")
 
 

@@ -374,12 +374,12 @@ def failing_saves(folder: Path, world: int) -> Results:
     """A process fails at other moments of a save."""
     found = {}
     checkpoint = {"state_dict": {"a": torch.ones(1)}, "optimizer_states": [], "global_step": 1}
-    for rank, name in ((0, "write_synced"), (1, "size_and_digest"), (0, "sync_folder")):
+    for rank, name in ((0, "write_synced"), (1, "sync_folder"), (0, "write_manifest")):
 
         def fail(*args: Any) -> Any:
             raise OSError(28, "No space left on device")
 
-        module = safe_checkpoint_io if name == "sync_folder" else checkpoint_folder
+        module = checkpoint_folder if name == "write_synced" else safe_checkpoint_io
         original = getattr(module, name)
         path = folder / "failing" / f"{name}.ckpt"
         if dist.get_rank() == rank:

@@ -1,5 +1,6 @@
 """Two processes that split every model do what one process does; see scenarios.py for the runs."""
 
+import hashlib
 import shutil
 import socket
 from datetime import timedelta
@@ -16,7 +17,9 @@ from processes import run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from remax_lightning.callbacks.safe_checkpoint_io import fault, newest_complete, read_checkpoint, read_manifest
+from remax_lightning.callbacks.find_checkpoint import newest_complete
+from remax_lightning.callbacks.manifest import Manifest, UnusableCheckpoint, integrity_error, read_manifest
+from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli import ExportingTrainer, main
 from remax_lightning.models import parallelize
 from remax_lightning.models.lora import LoRA
@@ -200,7 +203,7 @@ def test_an_export_has_the_kept_weights_after_a_forward_pass(folder: Path, two: 
     assert any((value.bfloat16() != value).any() for value in exported.values())
 
 
-@pytest.mark.parametrize("name", ["write_synced", "size_and_digest", "sync_folder"])
+@pytest.mark.parametrize("name", ["write_synced", "sync_folder", "write_manifest"])
 def test_no_process_waits_for_one_that_could_not_save(name: str, two: list[dict[str, Any]]) -> None:
     for found in (each["failing_saves"] for each in two):
         assert "could not be written (No space left on device)" in found[name]
@@ -213,7 +216,7 @@ def test_the_self_check_judges_the_rewards_of_all_processes(two: list[dict[str, 
 
 def test_what_cannot_work_is_refused_by_all(two: list[dict[str, Any]]) -> None:
     for found in (each["refused"] for each in two):
-        assert "replicas must divide the number of processes, 2, got replicas=3" in found["replicas"]
+        assert "replicas must divide the number of ranks, 2, got replicas=3" in found["replicas"]
         assert "on a CPU set it to false" in found["offload"]
         assert "trainer.precision must be 32-true" in found["precision"]
         assert "is no trained reward model: it lacks ['score.weight']" in found["head"]
@@ -267,18 +270,61 @@ def test_the_timeout_arrives() -> None:
     assert FSDP2Strategy(timeout_minutes=90)._timeout == timedelta(minutes=90)
 
 
-def test_a_damaged_folder_is_passed_over(folder: Path, tmp_path: Path, two: list[dict[str, Any]]) -> None:
+def test_a_damaged_folder_is_skipped(folder: Path, tmp_path: Path, two: list[dict[str, Any]]) -> None:
     copy = tmp_path / "checkpoints"
     shutil.copytree(folder / "saving2" / "checkpoints", copy)
-    assert newest_complete(copy) == copy / "step=6.ckpt"
-    part = copy / "step=6.ckpt" / "__1_0.distcp"
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content)
-    manifest = read_manifest(copy / "step=6.ckpt")
+    newest = copy / "step=6.ckpt"
+    manifest = read_manifest(newest)
     assert manifest is not None
-    assert fault(copy / "step=6.ckpt", manifest) == "its content is not what was written"
-    with pytest.warns(UserWarning, match=r"step=6.ckpt is skipped"):
-        assert newest_complete(copy) == copy / "step=3.ckpt"
-    part.unlink()
-    assert "bytes, not the" in str(fault(copy / "step=6.ckpt", manifest))
+    assert newest_complete(copy) == newest
+    for name, reason in {
+        ".metadata": "its content is not what was written",
+        "rest.pt": "its content is not what was written",
+        "__1_0.distcp": "bytes, not the",
+    }.items():
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(flipped(content) if "content" in reason else content[:-1])
+        assert reason in str(integrity_error(newest, manifest))
+        with pytest.warns(UserWarning, match=r"step=6.ckpt is skipped"):
+            assert newest_complete(copy) == copy / "step=3.ckpt"
+        (newest / name).write_bytes(content)
+        assert integrity_error(newest, manifest) is None
+    (newest / "__1_0.distcp").unlink()
+    assert "bytes, not the" in str(integrity_error(newest, manifest))
+
+
+def flipped(content: bytes) -> bytes:
+    """The content with one other bit, in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def test_a_flipped_bit_in_a_shard_is_an_error_when_it_is_read(
+    folder: Path, tmp_path: Path, two: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / "step=6.ckpt"
+    shutil.copytree(folder / "saving2" / "checkpoints" / "step=6.ckpt", path)
+    shard = path / "__1_0.distcp"
+    shard.write_bytes(flipped(shard.read_bytes()))
+    with pytest.raises(
+        UnusableCheckpoint, match=r"step=6.ckpt cannot be read \(.*__1_0.distcp is not what was written"
+    ):
+        read_checkpoint(path)
+
+
+def test_a_folder_of_an_earlier_version_is_verified(folder: Path, tmp_path: Path, two: list[dict[str, Any]]) -> None:
+    """Its manifest has no number, and the digest of all files' content."""
+    path = tmp_path / "step=6.ckpt"
+    shutil.copytree(folder / "saving2" / "checkpoints" / "step=6.ckpt", path)
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    old = Manifest(
+        size=sum(file.stat().st_size for file in path.iterdir()),
+        sha256=hashlib.sha256(lines.encode()).hexdigest(),
+        step=6,
+        saved_at=1,
+    )
+    assert integrity_error(path, old) is None
+    shard = path / "__1_0.distcp"
+    shard.write_bytes(flipped(shard.read_bytes()))
+    assert integrity_error(path, old) == "its content is not what was written"
