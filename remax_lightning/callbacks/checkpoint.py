@@ -15,15 +15,11 @@ from torch.optim import Optimizer
 from remax_lightning.callbacks.checkpoint_store import CheckpointStore
 from remax_lightning.callbacks.find_checkpoint import check_ranks_agree, find_checkpoint
 from remax_lightning.callbacks.loop_snapshot import LoopSnapshot, clear_restarting_flag
-from remax_lightning.callbacks.manifest import MAIN_METRICS, add_scores, unused_path
+from remax_lightning.callbacks.manifest import MAIN_METRICS
 from remax_lightning.callbacks.resume_check import check_configuration, check_model, fingerprint
-from remax_lightning.callbacks.safe_checkpoint_io import (
-    SafeCheckpointIO,
-    SaveOptions,
-    remove_partial,
-    safe_checkpoint_io,
-)
+from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO, remove_partial, safe_checkpoint_io
 from remax_lightning.callbacks.sigterm_guard import SigtermGuard, Terminated, end_children
+from remax_lightning.callbacks.snapshot_saver import SnapshotSaver
 from remax_lightning.modules.base import TrainableModule
 
 
@@ -74,13 +70,14 @@ class Checkpoint(ModelCheckpoint):
             save_top_k=save_top_k,
             save_weights_only=save_weights_only,
         )
-        self.interval, self.async_save = every_n_train_steps, async_save
+        self.interval = every_n_train_steps
         self.store = CheckpointStore(Path(str(self.dirpath)), monitor, mode, save_top_k, keep_last)
-        self.io, self.guard = SafeCheckpointIO(), SigtermGuard()
+        self.saver = SnapshotSaver(self.store, save_weights_only, async_save, self._on_saved)
+        self.guard = SigtermGuard()
         self.configuration: dict[str, Any] = {}
         self.requested_path: str | None = None
         self.snapshot: LoopSnapshot | None = None  # None before the first step and during an update
-        self.last_step = self.saved_batches = 0
+        self.last_step = 0
 
     @property
     def state_key(self) -> str:
@@ -118,13 +115,14 @@ class Checkpoint(ModelCheckpoint):
         """Make the trainer write and read checkpoints safely."""
         assert isinstance(pl_module, TrainableModule)
         safe_checkpoint_io(trainer.strategy.checkpoint_io)
-        if self.async_save:
+        if self.saver.in_background:
             _check_sharded(trainer.strategy)
         check_ranks_agree(self.requested_path)
-        self.io = SafeCheckpointIO(check=lambda checkpoint: check_model(checkpoint, pl_module, is_fit=stage == "fit"))
-        trainer.strategy.checkpoint_io = self.io
+        io = SafeCheckpointIO(check=lambda checkpoint: check_model(checkpoint, pl_module, is_fit=stage == "fit"))
+        trainer.strategy.checkpoint_io = self.saver.io = io
         if stage == "fit":
-            self.store.run, self.store.resumed_from, self.last_model_path = uuid.uuid4().hex, "", ""
+            self.store.run, self.store.resumed_from = uuid.uuid4().hex, ""
+            self.saver.path = self.last_model_path = ""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make it the state after the last finished step, and add what a resumed run is compared with."""
@@ -135,14 +133,15 @@ class Checkpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare the configurations."""
-        self.store.resumed_from = self.last_model_path = os.path.realpath(checkpoint["read_from"])
+        path = os.path.realpath(checkpoint["read_from"])
+        self.store.resumed_from = self.saver.path = self.last_model_path = path
         old = checkpoint.get("configuration")
         if trainer.state.fn == "fit" and old and self.configuration:
             check_configuration(old, self.configuration)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with nothing to save; from here on SIGTERM is handled."""
-        self.snapshot, self.saved_batches, self.last_step = None, 0, trainer.global_step
+        self.snapshot, self.saver.saved_batches, self.last_step = None, 0, trainer.global_step
         clear_restarting_flag(trainer)
         if trainer.is_global_zero:
             remove_partial(self.store.folder)
@@ -160,12 +159,12 @@ class Checkpoint(ModelCheckpoint):
             before, self.last_step = self.last_step, self.snapshot.step
             # a batch may have taken several steps
             if self.interval is not None and self.last_step // self.interval > before // self.interval:
-                self._save(trainer)
+                self.saver.save(trainer, self.snapshot)
         # SIGTERM to any of the ranks that can only save together
         is_requested = self.guard.is_requested
         if not self.guard.at_once and trainer.strategy.reduce_boolean_decision(is_requested, all=False):
-            self._save(trainer)
-            self._finish_save(trainer)
+            self.saver.save(trainer, self.snapshot)
+            self.saver.finish(trainer)
             raise Terminated
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,81 +173,42 @@ class Checkpoint(ModelCheckpoint):
             return
         with self.guard.deferred():
             scores = _scores(trainer, self.monitor)
-            is_unsaved = self._is_unsaved(trainer)
+            is_unsaved = self.saver.is_unsaved(trainer, self.snapshot)
             if self.snapshot is not None:
                 self.snapshot = self.snapshot.validated(scores)
             if not is_unsaved:
-                self._add_scores(trainer, scores)
+                self.saver.add_scores(trainer, scores)
             elif self.interval is None or self.monitor is not None:
-                self._save(trainer)
+                self.saver.save(trainer, self.snapshot)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless a validation has just done so."""
         with self.guard.deferred():
             if self.interval is None or self.monitor is not None:
-                self._save(trainer)
+                self.saver.save(trainer, self.snapshot)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, if it is not saved yet."""
         with self.guard.deferred():
-            self._save(trainer)
-            self._finish_save(trainer)
+            self.saver.save(trainer, self.snapshot)
+            self.saver.finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last finished step, by rank 0 alone: the others may be anywhere."""
         self.guard.defer()
         try:
-            self.io.wait()
-            if self._is_unsaved(trainer) and _saves_alone(trainer):
-                self._save(trainer, alone=True)
+            self.saver.finish(trainer)
+            if self.saver.is_unsaved(trainer, self.snapshot) and _saves_alone(trainer):
+                self.saver.save(trainer, self.snapshot, alone=True)
                 rank_zero_info(f"{type(exception).__name__}: the state is saved as {self.last_model_path}")
         except Exception as error:
             rank_zero_warn(f"the state after the last finished step could not be saved: {error}")
         end_children(trainer)
 
-    def _is_unsaved(self, trainer: Trainer) -> bool:
-        """Whether there is something to save; before the first optimizer step there is not."""
-        if self.snapshot is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return False
-        return self.snapshot.step > 0 and self.snapshot.batches != self.saved_batches
-
-    def _save(self, trainer: Trainer, *, alone: bool = False) -> None:
-        """Save the last finished step, if it is not saved yet; collective unless alone."""
-        if not self._is_unsaved(trainer):
-            return
-        assert self.snapshot is not None
-        self._finish_save(trainer)
-        # the strategy takes the path of rank 0
-        path = str(unused_path(self.store.folder, self.snapshot.step)) if trainer.is_global_zero else ""
-        options = SaveOptions(self.store.run, self.snapshot.scores, in_background=self.async_save)
-        with trainer.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-            trainer.strategy.save_checkpoint(checkpoint, path, storage_options=options)
-        if not alone:
-            trainer.strategy.barrier()
-        self.saved_batches = self.snapshot.batches
+    def _on_saved(self, trainer: Trainer, path: str) -> None:
         self.last_model_path = self._last_checkpoint_saved = path
-        if not self.async_save:
-            self._report_save(trainer)
-
-    def _finish_save(self, trainer: Trainer) -> None:
-        """Wait for the save in the background."""
-        if self.io.wait():
-            self._report_save(trainer)
-
-    def _report_save(self, trainer: Trainer) -> None:
-        """Remove what the checkpoint just completed replaces, and tell the loggers of it."""
-        if trainer.is_global_zero:
-            self.store.prune(self.io)
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
-
-    def _add_scores(self, trainer: Trainer, scores: dict[str, float]) -> None:
-        """Add the scores of a state that is saved already, or that this run was resumed from."""
-        self._finish_save(trainer)
-        if trainer.is_global_zero and Path(self.last_model_path).parent == self.store.folder:
-            add_scores(self.last_model_path, scores)
-            self.store.prune(self.io)
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(proxy(self))
 
 
 def _saves_alone(trainer: Trainer) -> bool:

@@ -137,11 +137,12 @@ def check_ranks_agree(path: str | None) -> None:
         return
     paths: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(paths, path)
-    if len(set(paths)) > 1:
-        raise ValueError(
-            f"all ranks must read the same checkpoint, but rank 0 would read {paths[0]}, this one {path}; put "
-            "trainer.default_root_dir where all machines see it, or name a file"
-        )
+    for rank, other in enumerate(paths):
+        if other != paths[0]:
+            raise ValueError(
+                f"all ranks must read the same checkpoint, but rank 0 would read {paths[0]} and rank {rank} {other}; "
+                "put trainer.default_root_dir where all machines see it, or name a file"
+            )
 
 
 def _is_distributed() -> bool:

@@ -123,6 +123,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
         self._pending = executor.submit(finish)
         executor.shutdown(wait=False)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save in the background has to be waited for."""
+        return self._pending is not None
+
     def wait(self) -> bool:
         """Wait for the save in the background.
 
@@ -227,9 +232,10 @@ def _finish_folder(
 def _put_in_place(path: Path, manifest: Manifest) -> None:
     """Write the manifest and give what was written its name."""
     write_manifest(path, replace(manifest, number=next_number(path.parent), saved_at=time.time_ns()))
-    if path.is_dir():
+    partial = partial_path(path)
+    if path.is_dir() or partial.is_dir():  # os.replace is for two files
         remove(path)  # it is incomplete, see unused_path
-    os.replace(partial_path(path), path)
+    os.replace(partial, path)
     sync_folder(path.parent)
 
 
