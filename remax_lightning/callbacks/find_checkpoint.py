@@ -12,13 +12,13 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.callbacks.manifest import (
+    MAIN_METRICS,
     SUFFIX,
     UnusableCheckpoint,
     best_first,
     integrity_error,
     manifests,
     of_newest_run,
-    rating,
     read_manifest,
 )
 
@@ -72,10 +72,9 @@ def _best(folder: str | Path, monitor: str | None, mode: str) -> Path:
     entries = of_newest_run(manifests(folder))
     paths = best_first(entries, monitor, mode)
     if not paths:
-        metric, _ = rating(entries, monitor, mode)
         raise ValueError(
-            f"--ckpt_path best: no checkpoint in {folder} has a score ({metric or 'no validation'} was recorded with "
-            "none); validate during fit with data.validation and trainer.val_check_interval, or give last"
+            f"--ckpt_path best: no checkpoint in {folder} has a score of {monitor or ' or '.join(MAIN_METRICS)}; "
+            "validate during fit (data.validation, trainer.val_check_interval), or give last"
         )
     return paths[0]
 

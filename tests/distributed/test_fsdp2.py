@@ -1,6 +1,7 @@
 """Two processes that split every model do what one process does; see scenarios.py for the runs."""
 
 import hashlib
+import math
 import shutil
 import socket
 from datetime import timedelta
@@ -210,6 +211,10 @@ def test_training_goes_on_during_a_save(folder: Path, two: list[dict[str, Any]])
         assert found["before the next save"] == ["step=1.ckpt", "step=1.ckpt.json", "step=2.ckpt", "step=2.ckpt.json"]
         assert found["paths"] == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt", "step=4.ckpt"]  # each is sent once
         assert found["at the end"] == [f"step={step}.ckpt{suffix}" for step in (3, 4) for suffix in ("", ".json")]
+    for path in (folder / "saved_during_a_step" / "step=2.ckpt", folder / "in_background" / "step=4.ckpt"):
+        manifest = read_manifest(path)  # of which the validation ended during the save
+        assert manifest is not None
+        assert math.isfinite(manifest.scores["val/reward"])
 
 
 @pytest.mark.parametrize("name", ["killed", "saved_during_a_step"])
