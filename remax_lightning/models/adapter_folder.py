@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from remax_lightning.models.tokenizer import looks_like_folder
+from remax_lightning.models.hub import looks_like_folder
 
 CONFIG = "adapter_config.json"
 

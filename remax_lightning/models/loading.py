@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from remax_lightning.models.adapter_folder import adapter_base
 from remax_lightning.models.adapter_names import base_name
+from remax_lightning.models.hub import check_reachable
 from remax_lightning.models.lora import merge_in_place
 from remax_lightning.models.source import ModelSource, existing
 
@@ -34,6 +35,7 @@ def load_weights(auto_class: Any, source: ModelSource, **options: Any) -> tuple[
     """
     assert source.path is not None
     base = adapter_base(existing(source.path))
+    check_reachable(base or source.path)  # beside an architecture, the configuration did not come from there
     if source.quantization is not None:
         options["quantization_config"] = _quantization(source, is_adapter=base is not None)
     model, loading = auto_class.from_pretrained(base or source.path, output_loading_info=True, **options)

@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from remax_lightning.models.adapter_folder import adapter_base
 from remax_lightning.models.adapter_names import base_name, is_adapter
+from remax_lightning.models.hub import check_reachable
 from remax_lightning.models.language_model import freeze
 from remax_lightning.models.lora import LoRA, initial_adapter, with_lora
 from remax_lightning.models.parallelize import Sharding, full_tensor, shard, sharded_units
@@ -64,7 +65,7 @@ def load_sharded(
             f"quantization={source.quantization} does not work under fsdp2, which cannot split bitsandbytes' weights; "
             "set it to null, or train on one GPU or with trainer.strategy ddp"
         )
-    base, folder = load(source, on_meta=True), weights_folder(source)
+    folder, base = weights_folder(source), load(source, on_meta=True)
     keys = None if folder is None else stored_keys(base, folder, key_mapping)
     model = with_lora(base, lora)
     shard(model, sharding, frozen=frozen)
@@ -163,6 +164,7 @@ def weights_folder(source: ModelSource) -> Path | None:
     assert source.path is not None
     folder = Path(source.path).expanduser()
     if not folder.exists():
+        check_reachable(source.path)
         # some repositories hold the weights a second time, in another format and under another name
         folder = Path(snapshot_download(source.path, allow_patterns=["model*.safetensors"]))
     return folder if any(folder.glob("*.safetensors")) and adapter_base(str(folder)) is None else None

@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from remax_lightning.models.hub import check_reachable
+
 Prompt: TypeAlias = str | list[dict[str, str]]
 """Plain text, or chat messages, each with a `role` and a `content`."""
 
@@ -24,15 +26,11 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
         chat_template: Jinja text, or a path to a `.jinja` file, in place of the tokenizer's own chat template.
 
     Raises:
-        FileNotFoundError: If `path` is written like a folder and there is none.
+        FileNotFoundError: If `path` is neither an existing folder nor a hub name that is cached or can be reached.
         ValueError: If the tokenizer has neither a pad nor an eos token.
     """
-    folder = Path(path).expanduser()
-    if looks_like_folder(path) and not folder.exists():
-        raise FileNotFoundError(
-            f"no tokenizer folder {path!r}; give an existing folder with tokenizer files, or a hub name 'owner/name'"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    check_reachable(path, "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"tokenizer {path!r} has neither a pad nor an eos token; add an eos token to its files")
@@ -155,8 +153,3 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     return tokenizer.decode([token], skip_special_tokens=True) == "" != tokenizer.decode([token])
-
-
-def looks_like_folder(path: str) -> bool:
-    """Whether a name can only be a local path, not a hub name."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
