@@ -17,7 +17,8 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The head of a model whose logits are exactly ``head(hidden states)``; None, and a warning, for any other model.
 
     Models that cap or scale their logits (Gemma 2, Cohere, Granite) have no plain head, nor has one with an adapter on
-    it. The model itself is asked, once, on one token: what its head returns has to come out as the logits, bitwise.
+    it. The model itself is asked, once, on one token: what its head returns has to come out as the logits, bitwise; on
+    the meta device, where there are no values, as the same tensor.
     """
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
@@ -40,12 +41,20 @@ def _passes_through(model: PreTrainedModel, head: nn.Linear) -> bool:
     """True if the output of the head comes out of the model as it is."""
     # every half-precision type holds these numbers exactly
     marks = torch.linspace(-1000, 1000, head.out_features, device=head.weight.device).bfloat16()
-    handle = head.register_forward_hook(lambda _, __, output: marks.to(output.dtype).expand_as(output))
+    marked: list[Tensor] = []
+
+    def mark(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        marked.append(marks.to(output.dtype).expand_as(output))
+        return marked[0]
+
+    handle = head.register_forward_hook(mark)
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
         logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
     finally:
         handle.remove()
+    if logits.is_meta:
+        return logits.untyped_storage()._cdata == marked[0].untyped_storage()._cdata
     return torch.equal(logits[0, -1].float(), marks.float())
 
 

@@ -4,7 +4,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -33,6 +33,8 @@ class PolicyGradientModule(ScoredPolicyModule):
     Raises:
         ValueError: If an argument is out of its range.
     """
+
+    decodes_greedy: ClassVar[bool] = False
 
     def __init__(
         self,

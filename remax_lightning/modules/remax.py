@@ -4,7 +4,7 @@ There is no value model, no ratio of probabilities, no clipping of one and no wh
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +26,8 @@ class ReMax(BaselineModule):
     Raises:
         ValueError: If an argument is out of its range.
     """
+
+    decodes_greedy: ClassVar[bool] = True
 
     def __init__(self, greedy_max_new_tokens: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
