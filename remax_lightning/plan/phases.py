@@ -76,9 +76,9 @@ class _Step:
     def _separate_reference(self) -> ModelSpec | None:
         """The reference, if it has weights of its own: a policy with adapters is its own reference without them."""
         recipe = self.recipe
-        if not recipe.has_reference or recipe.reference is not None:
+        if recipe.has_reference and recipe.reference is not None:
             return recipe.reference
-        if recipe.model.lora is not None:
+        if not recipe.has_reference or recipe.model.lora is not None:
             return None
         source = recipe.model.source
         if self.layout.itemsize == 2:  # a sharded copy is stored in the type of the computation

@@ -234,7 +234,7 @@ def _name(given: Mapping[str, Any]) -> str:
 
 
 def _source(given: Mapping[str, Any] | str) -> ModelSource:
-    return ModelSource(path=given) if isinstance(given, str) else ModelSource(**given)
+    return ModelSource(path=given) if isinstance(given, str) else ModelSource(**given.get("init_args", given))
 
 
 def _optimizer(given: Any) -> Optimizer:
