@@ -66,7 +66,7 @@ from remax_lightning import modules
 from remax_lightning.cli import main as command_line
 from remax_lightning.data import toy
 from remax_lightning.evaluation.report import read_metrics
-from remax_lightning.plan.bench import Bench
+from remax_lightning.plan.cache import DryRunCache
 from remax_lightning.plan.phases import plan
 from remax_lightning.plan.recipe import read
 
@@ -246,9 +246,9 @@ def planned(path: Path) -> dict[str, Any]:
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         command_line(["fit", "--config", str(path), "--print_config"])
-    made = plan(read(yaml.safe_load(output.getvalue()), 1), Bench())
-    moments = [moment.terms for phase in made.phases for moment in phase.moments]
-    states = {term: min(terms[term] for terms in moments) / 2**20 for term in STATES}
+    made = plan(read(yaml.safe_load(output.getvalue()), 1), DryRunCache())
+    points = [point.terms for phase in made.phases.values() for point in phase]
+    states = {term: min(terms[term] for terms in points) / 2**20 for term in STATES}
     return {"peak_mib": made.peak / 2**20, "states_mib": sum(states.values()), **states}
 
 
