@@ -1,4 +1,4 @@
-"""The quickstart with several seeds: world, weights and samples all change. One row a seed.
+"""The quickstart with several seeds: data, weights and samples all change. One row a seed.
 
 python benchmarks/quickstart_seeds.py --seeds 0 1 2 --output benchmarks/results/quickstart.json
 """
@@ -32,7 +32,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
         with open(folder / "log.txt", "a") as log:
             subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
 
-    cli("world", "--seed", str(seed))
+    cli("make-toy-data", "--seed", str(seed))
     seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
     cli("fit", "--config", str(CONFIGS / "sft.yaml"), *seeds)
     cli("fit", "--config", str(CONFIGS / "reward_model.yaml"), *seeds)

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from datasets import Dataset, IterableDataset
 from jsonargparse import auto_cli
+from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -18,13 +20,28 @@ from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, Respo
 from remax_lightning.callbacks.hf_export import export_module
 from remax_lightning.callbacks.resume_check import check_model, flat
 from remax_lightning.callbacks.safe_checkpoint_io import check_complete, newest_complete, read_checkpoint
-from remax_lightning.data.toy import write_world
+from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.modules.supported import unsupported_strategy
 from remax_lightning.plan import print_plan
 
-FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}
+FUNCTIONS: dict[str, Any] = {"make-toy-data": make_toy_data, "report": report}
+
+
+def refuse_python_only(value: object) -> None:
+    """Refuse a value of a type that the command line cannot give.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        "only Python can give a datasets.Dataset; here give a file, a folder, a hub name or a list of rows"
+    )
+
+
+register_type(Dataset, deserializer=refuse_python_only)
+register_type(IterableDataset, deserializer=refuse_python_only)
 
 
 class ExportingTrainer(Trainer):
@@ -206,7 +223,7 @@ def main(args: list[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "description": "ReMax and its pipeline: supervised fine-tuning, reward model, ReMax. "
-            "Further sub-commands, each with its own --help: world (make the quickstart's data), "
+            "Further sub-commands, each with its own --help: make-toy-data (the quickstart's data), "
             "report (table, plot and summary of a tested run)."
         },
         args=args,

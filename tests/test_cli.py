@@ -267,17 +267,17 @@ def test_print_config_round_trips(remax: Path, tmp_path: Path) -> None:
 
 def test_sub_commands_are_there() -> None:
     text = printed("--help")
-    for name in ("fit", "validate", "test", "predict", "export", "world", "report"):
+    for name in ("fit", "validate", "test", "predict", "export", "make-toy-data", "report"):
         assert name in text
-    assert "--output_dir" in printed("world", "--help")
+    assert "--output_dir" in printed("make-toy-data", "--help")
     assert "--responses" in printed("report", "--help")
     assert "--output_dir" in printed("export", "--help")
 
 
-def test_world_and_report(remax: Path, tmp_path: Path) -> None:
+def test_toy_data_and_report(remax: Path, tmp_path: Path) -> None:
     sizes = [text for name in ("demonstrations", "preferences", "prompts", "held_out") for text in (f"--num_{name}", 8)]
-    run("world", "--output_dir", tmp_path / "world", "--vocab_size", 300, *sizes)
-    assert len(tiny.read_rows(tmp_path / "world" / "prompts.jsonl")) == 8
+    run("make-toy-data", "--output_dir", tmp_path / "toy", "--vocab_size", 300, *sizes)
+    assert len(tiny.read_rows(tmp_path / "toy" / "prompts.jsonl")) == 8
     run("fit", "--config", remax)
     run("test", "--config", remax, "--ckpt_path", "last")
     root = tmp_path / "remax_run"

@@ -1,7 +1,7 @@
-"""The quickstart's own world: a seeded generator of demonstrations, preferences and prompts, with a hidden gold reward.
+"""The quickstart's toy data: a small synthetic dataset of demonstrations, preferences and prompts.
 
 A prompt asks about a coloured animal in a place; a response says where it lives, what it is like and what it likes to
-do, and takes its leave. Demonstrations are of mixed quality, so a model that imitates them leaves much for
+do, and ends with a closing phrase. Demonstrations are of mixed quality, so a model that imitates them leaves much for
 reinforcement learning to gain. Everything is drawn from `random.Random`: the same arguments write the same bytes.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from remax_lightning.data.toy_grammar import (
+from remax_lightning.data.toy_language import (
     ACTIONS,
     ANIMALS,
     COLOURS,
@@ -27,12 +27,12 @@ from remax_lightning.data.toy_grammar import (
     WORDS,
     Facts,
     fluency,
+    gold_reward,
     read_prompt,
     write_sentence,
 )
-from remax_lightning.data.toy_reward import gold_reward
 
-__all__ = ["fluency", "gold_reward", "write_demonstration", "write_world"]
+__all__ = ["fluency", "gold_reward", "make_toy_data", "write_demonstration"]
 
 HELD_OUT_SHARE = 8  # one slot combination in this many is kept out of the training files
 MODEL_MAX_LENGTH = 128  # tokens of a prompt and its response
@@ -101,8 +101,8 @@ def _write_traits(rng: random.Random, quality: float) -> list[str]:
 Row = dict[str, str]
 
 
-def write_world(
-    output_dir: str = "runs/quickstart/world",
+def make_toy_data(
+    output_dir: str = "runs/quickstart/data",
     seed: int = 0,
     num_demonstrations: int = 6000,
     num_preferences: int = 6000,
@@ -110,14 +110,14 @@ def write_world(
     num_held_out: int = 256,
     vocab_size: int = 512,
 ) -> None:
-    """Writes the quickstart's data and tokenizer; the same arguments write the same bytes.
+    """Generates a small synthetic dataset and its tokenizer; the same arguments write the same bytes.
 
     The folder holds demonstrations.jsonl (prompt, response), preferences.jsonl (prompt, chosen, rejected),
     prompts.jsonl (prompt), a held-out twin of each (demonstrations_held_out.jsonl, ...) with combinations of colour,
-    animal and place that the training files never ask about, tokenizer/ and world.json with these arguments.
+    animal and place that the training files never ask about, tokenizer/ and arguments.json with these arguments.
 
     Args:
-        output_dir: Folder to write; made if it does not exist.
+        output_dir: Folder to write; created if it does not exist.
         seed: Seed of every draw.
         num_demonstrations: Prompts with a response of mixed quality, for supervised fine-tuning.
         num_preferences: Prompts with two responses, labelled by a noisy comparison of their gold rewards.
@@ -126,7 +126,7 @@ def write_world(
         vocab_size: Most tokens in the byte-level BPE vocabulary, the 256 bytes and 2 special tokens included.
 
     Raises:
-        ValueError: If a size is not positive, or is outside what the world allows.
+        ValueError: If a size is not positive, or there are not as many different prompts.
     """
     training, held_out = _split_prompts(random.Random(f"{seed} split"))
     sizes = {"demonstrations": num_demonstrations, "preferences": num_preferences, "prompts": num_prompts}
@@ -146,14 +146,14 @@ def write_world(
     _train_tokenizer(texts, vocab_size).save_pretrained(folder / "tokenizer")
     arguments = {"seed": seed, **{f"num_{name}": size for name, size in sizes.items()}}
     arguments |= {"num_held_out": num_held_out, "vocab_size": vocab_size}
-    (folder / "world.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+    (folder / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_size(name: str, size: int, smallest: int, largest: int | None) -> None:
-    """Raises a ValueError when a size is outside what the world allows."""
+    """Raises a ValueError if a size is out of range."""
     if size < smallest or (largest is not None and size > largest):
         limit = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
-        raise ValueError(f"{name} must be {limit}; it is {size}. Choose another {name} for write_world.")
+        raise ValueError(f"{name} must be {limit}; it is {size}. Choose another {name}.")
 
 
 def _split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:

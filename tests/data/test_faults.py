@@ -8,7 +8,7 @@ from data.helpers import CHATML, ROWS, attach, build_tokenizer, dropped, indices
 from datasets import Dataset
 
 from remax_lightning.data import DemonstrationDataModule, PromptDataModule
-from remax_lightning.data.sources import load_parts
+from remax_lightning.data.sources import load_tables
 
 LINES = [json.dumps(row).encode() for row in ROWS]
 
@@ -48,7 +48,7 @@ def test_corrupt_line_is_named_or_skipped_and_counted(tmp_path, name, line, deta
 
 def test_file_with_corrupt_lines_only_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"rows.jsonl, line 1: not valid JSON.*no row that can be read"):
-        load_parts(save(tmp_path, [b"{", b"{"]))
+        load_tables(save(tmp_path, [b"{", b"{"]))
 
 
 def test_rows_with_columns_of_their_own_beside_a_corrupt_line(tmp_path):
@@ -77,7 +77,8 @@ def test_file_that_cannot_be_read_is_named(tmp_path, name, text, streaming):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no data at '.*none.jsonl'; accepted is a .json"):
+    message = r"data.train: no data at '.*none.jsonl': there is no such file or folder; give a file"
+    with pytest.raises(FileNotFoundError, match=message):
         attach(PromptDataModule(train=str(tmp_path / "none.jsonl")))
 
 
@@ -153,8 +154,8 @@ def test_tokenizer_without_pad_pads_with_eos(write, tmp_path):
     build_tokenizer(pad=None).save_pretrained(tmp_path / "tokenizer")
     data = attach(PromptDataModule(train=write(ROWS), tokenizer=str(tmp_path / "tokenizer")))
     for batch in train_batches(data):
-        assert set(batch["prompt_ids"][~batch["prompt_mask"]].tolist()) <= {data.tokenizer.eos_token_id}
-    assert data.tokenizer.pad_token == "</s>"
+        assert set(batch["prompt_ids"][~batch["prompt_mask"]].tolist()) <= {data.encoder.tokenizer.eos_token_id}
+    assert data.encoder.tokenizer.pad_token == "</s>"
 
 
 def test_columns_of_csv_and_parquet_may_differ(tmp_path, write):
