@@ -35,9 +35,7 @@ def refuse_python_only(value: object) -> None:
     Raises:
         ValueError: Always.
     """
-    raise ValueError(
-        "only Python can give a datasets.Dataset; here give a file, a folder, a hub name or a list of rows"
-    )
+    raise ValueError("a datasets.Dataset can only be given in Python; give a file, folder, hub name or list of rows")
 
 
 register_type(Dataset, deserializer=refuse_python_only)

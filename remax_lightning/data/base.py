@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from remax_lightning.data.encoding import Batch, Example, LongPrompts, RowEncoder, encode_tables
+from remax_lightning.data.encoding import Batch, Example, LongPrompts, RowEncoder, encode_tables, open_tables
 from remax_lightning.data.order import (
     Position,
     ResumableLoader,
@@ -22,15 +22,7 @@ from remax_lightning.data.order import (
     shuffled_rows,
     split_rows,
 )
-from remax_lightning.data.sources import (
-    ACCEPTED,
-    Source,
-    SourceTable,
-    check_sources,
-    list_sources,
-    load_tables,
-    source_name,
-)
+from remax_lightning.data.sources import ACCEPTED, Source, SourceTable, check_sources, list_sources, source_name
 from remax_lightning.data.streaming import POSITION, StreamedWindows, StreamLoader
 from remax_lightning.functional.keyed_random import run_seed
 from remax_lightning.models.tokenizer import load_tokenizer
@@ -146,7 +138,7 @@ class TokenizedDataModule(LightningDataModule):
         self.encoder = self.encoder_with(find_tokenizer(self))
         for split in SPLITS_OF_STAGE[stage]:
             if split == "train" and self.streaming:
-                self.stream = self._load("train")
+                self.stream = open_tables("train", self.train, self.encoder, streaming=True)
             else:
                 self._read_split(split)
         if stage is not None and not (stage == "fit" and self.stream):
@@ -162,27 +154,17 @@ class TokenizedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Batches of the training rows from the current position on."""
-        seed = run_seed(self.seed)
+        seed, ranks = run_seed(self.seed), (self.rank, self.world_size)
         if self.stream:
             windows = StreamedWindows(self.stream, self.encoder.encode, self.shuffle_window, self.limit, seed)
-            ranks = (self.rank, self.world_size)
-            collate = self.encoder.collate
-            return StreamLoader(
-                windows, self.batch_size, *ranks, self.position, collate, self.num_workers, self.skip_bad_rows
-            )
+            options = (self.num_workers, self.skip_bad_rows)
+            return StreamLoader(windows, self.batch_size, *ranks, self.position, self.encoder.collate, *options)
         examples = self._examples("train")
         if self.weights is None:
             rows_of_epoch = partial(shuffled_rows, num_rows=len(examples), seed=seed)
         else:
             rows_of_epoch = partial(mixed_rows, sizes=self.source_sizes, weights=self.weights, seed=seed)
-        self.order = TrainingOrder(
-            len(examples), self.batch_size, self.rank, self.world_size, self.position, rows_of_epoch
-        )
-        if len(self.order) == 0:
-            raise ValueError(
-                f"train has {len(examples)} usable rows, fewer than one batch of batch_size={self.batch_size} on each "
-                f"of {self.world_size} rank(s); lower batch_size or give more rows"
-            )
+        self.order = TrainingOrder(len(examples), self.batch_size, *ranks, self.position, rows_of_epoch)
         return self._loader(examples, batch_size=self.batch_size, sampler=self.order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -215,25 +197,11 @@ class TokenizedDataModule(LightningDataModule):
         """Go on from a saved position."""
         self.position.epoch, self.position.rows = state_dict["epoch"], state_dict["rows"]
 
-    def _load(self, key: Split) -> list[SourceTable]:
-        """The tables of an argument, whose formats are known; none if it is not given."""
-        source: Source = getattr(self, key)
-        if source is None:
-            return []
-        try:
-            tables = load_tables(source, streaming=self.streaming and key == "train")
-        except (OSError, ValueError) as error:
-            error.args = (f"data.{key}: {error}",)
-            raise
-        for table in tables:
-            self.encoder.check_format(f"{key}, {table.source}" if isinstance(source, list) else key, [*table.columns])
-        return tables
-
     def _read_split(self, split: Split) -> None:
         """Read and tokenize the rows of a split; nothing without a source."""
         is_divided = split in ("train", "validation") and self.validation_fraction > 0
         key: Split = "train" if is_divided else "test" if split == "predict" and self.predict is None else split
-        tables = self._load(key)
+        tables = open_tables(key, getattr(self, key), self.encoder)
         if not tables:
             return
         num_rows = sum(len(cast(Any, table.rows)) for table in tables)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from remax_lightning.data.formats import Format, Row, UnusableRow, to_chat
 from remax_lightning.data.readers import BadLine, refuse_bad_lines
-from remax_lightning.data.sources import SourceTable
+from remax_lightning.data.sources import Source, SourceTable, load_tables
 from remax_lightning.models.tokenizer import Prompt, encode_prompts, encode_responses
 
 P = ParamSpec("P")
@@ -167,6 +167,25 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> list[
     ]
 
 
+def open_tables(key: str, source: Source, encoder: RowEncoder, streaming: bool = False) -> list[SourceTable]:
+    """The tables of a data module's argument, in formats that the encoder can read; none without a source.
+
+    Raises:
+        FileNotFoundError: If the data is missing. All messages name the argument, `data.train` for the key `train`.
+        ValueError: If it cannot be read, or its columns are of no known format.
+    """
+    if source is None:
+        return []
+    try:
+        tables = load_tables(source, streaming=streaming)
+    except (OSError, ValueError) as error:
+        error.args = (f"data.{key}: {error}",)
+        raise
+    for table in tables:
+        encoder.check_format(f"{key}, {table.source}" if isinstance(source, list) else key, [*table.columns])
+    return tables
+
+
 def encode_tables(
     name: str, tables: Sequence[SourceTable], indices: Sequence[int], encoder: RowEncoder, skip_bad_rows: int
 ) -> tuple[list[Example], list[int]]:
@@ -201,14 +220,19 @@ def encode_tables(
             else:
                 examples.append({**outcome, "prompt_index": index})
                 sizes[table.number] += 1
-    if not examples:
+    _report_dropped(name, dropped, len(indices), columns)
+    return examples, sizes
+
+
+def _report_dropped(name: str, dropped: Counter[str], num_rows: int, columns: Columns) -> None:
+    """Warn of the rows that were dropped; an error if none is left."""
+    if dropped.total() == num_rows:
         raise ValueError(
-            f"{name}: none of {len(indices)} rows can be used ({format_reasons(dropped) or 'the source is empty'}); "
+            f"{name}: none of {num_rows} rows can be used ({format_reasons(dropped) or 'the source is empty'}); "
             f"check the length limits and the arguments that name columns; the columns are {list(columns)}"
         )
     if dropped:
-        rank_zero_warn(f"{name}: dropped {dropped.total()} of {len(indices)} rows ({format_reasons(dropped)})")
-    return examples, sizes
+        rank_zero_warn(f"{name}: dropped {dropped.total()} of {num_rows} rows ({format_reasons(dropped)})")
 
 
 def all_columns(tables: Sequence[SourceTable]) -> Columns:

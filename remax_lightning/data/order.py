@@ -78,6 +78,9 @@ class TrainingOrder(Sampler[int]):
         world_size: Number of ranks.
         position: Read whenever an iteration begins; advanced by the data module, once for each batch that is used.
         rows_of_epoch: The rows of an epoch with this number, (num_rows,): all of them, or some of them several times.
+
+    Raises:
+        ValueError: If there is no complete global batch.
     """
 
     def __init__(
@@ -89,6 +92,11 @@ class TrainingOrder(Sampler[int]):
         position: Position,
         rows_of_epoch: Callable[[int], np.ndarray],
     ) -> None:
+        if num_rows < batch_size * world_size:
+            raise ValueError(
+                f"train has {num_rows} usable rows, fewer than one batch of batch_size={batch_size} on each of "
+                f"{world_size} rank(s); lower batch_size or give more rows"
+            )
         self.num_rows = num_rows
         self.global_batch_size = batch_size * world_size
         self.rank = rank

@@ -169,7 +169,9 @@ def _unreadable(files: list[str], builder: str, error: Exception) -> ValueError:
     empty = [file for file in files if os.path.getsize(file) == 0]
     if empty:
         return ValueError(f"cannot read {', '.join(empty)}: the file is empty")
-    reason = str(error.__cause__ or error) or "there is no row in it"
+    reason = str(error.__cause__ or error)
+    if not reason or "corresponds to no data" in reason:
+        reason = "there is no row in it"
     return ValueError(f"cannot read {', '.join(files)} as {builder}: {reason}")
 
 

@@ -128,24 +128,18 @@ def make_toy_data(
     Raises:
         ValueError: If a size is not positive, or there are not as many different prompts.
     """
+    arguments = dict(locals())
+    folder = Path(arguments.pop("output_dir"))
     training, held_out = _split_prompts(random.Random(f"{seed} split"))
     sizes = {"demonstrations": num_demonstrations, "preferences": num_preferences, "prompts": num_prompts}
     for name, size in (sizes | {"held_out": num_held_out}).items():
         _check_size(f"num_{name}", size, 1, {"prompts": len(training), "held_out": len(held_out)}.get(name))
     _check_size("vocab_size", vocab_size, SMALLEST_VOCABULARY, None)
-
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts: list[str] = []
+    texts: list[str] = []  # of the training files
     for name, size in sizes.items():
-        rows = _WRITERS[name](random.Random(f"{seed} {name}"), training, size)
-        texts += [text for row in rows for text in row.values()]
-        _write_rows(folder / f"{name}.jsonl", rows)
-        held_out_rows = _WRITERS[name](random.Random(f"{seed} {name} held out"), held_out, num_held_out)
-        _write_rows(folder / f"{name}_held_out.jsonl", held_out_rows)
+        texts += _write_draws(folder / f"{name}.jsonl", name, f"{seed} {name}", training, size)
+        _write_draws(folder / f"{name}_held_out.jsonl", name, f"{seed} {name} held out", held_out, num_held_out)
     _train_tokenizer(texts, vocab_size).save_pretrained(folder / "tokenizer")
-    arguments = {"seed": seed, **{f"num_{name}": size for name, size in sizes.items()}}
-    arguments |= {"num_held_out": num_held_out, "vocab_size": vocab_size}
     (folder / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 
@@ -199,9 +193,12 @@ _WRITERS: Mapping[str, Callable[[random.Random, Sequence[str], int], list[Row]]]
 }
 
 
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows as JSON lines."""
+def _write_draws(path: Path, name: str, seed: str, prompts: Sequence[str], size: int) -> list[str]:
+    """Draws rows of a kind and writes them as JSON lines; returns their texts."""
+    rows = _WRITERS[name](random.Random(seed), prompts, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [text for row in rows for text in row.values()]
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -82,6 +82,62 @@ def test_missing_file_is_named(tmp_path):
         attach(PromptDataModule(train=str(tmp_path / "none.jsonl")))
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("./data", "there is no such file or folder"),
+        ("./none*.csv", "no file matches"),
+        ("./rows.txt", "a file must be .json, .jsonl, .parquet or .csv"),
+        ("./folder", "it is a folder without files of the kinds .json"),
+    ],
+)
+def test_missing_data_names_the_argument_and_what_was_looked_for(tmp_path, monkeypatch, name, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.txt").write_text("x")
+    for split, stage in [("train", "fit"), ("validation", "validate"), ("test", "test"), ("predict", "predict")]:
+        with pytest.raises(FileNotFoundError) as caught:
+            attach(PromptDataModule(**{split: name}), stage=stage)
+        assert str(caught.value).startswith(f"data.{split}: no data at {name!r}: {reason}")
+
+
+def test_missing_data_of_another_split_names_the_argument_it_comes_from(tmp_path):
+    missing = str(tmp_path / "none.jsonl")
+    for arguments, stage, key in [
+        ({"test": missing}, "predict", "test"),
+        ({"train": missing, "validation_fraction": 0.5}, "validate", "train"),
+    ]:
+        with pytest.raises(FileNotFoundError, match=f"^data.{key}: no data"):
+            attach(PromptDataModule(**arguments), stage=stage)
+
+
+def test_unreachable_hub_data_set_names_the_argument_within_seconds(write, monkeypatch):
+    def refuse(name, kind):
+        raise FileNotFoundError(f"{name} is neither an existing folder nor in the cache")
+
+    def retry(*names, split):
+        raise AssertionError("the library would retry for half a minute")
+
+    monkeypatch.setattr("remax_lightning.data.sources.check_reachable", refuse)
+    monkeypatch.setattr("remax_lightning.data.sources.load_dataset", retry)
+    with pytest.raises(FileNotFoundError, match=r"^data.validation: owner/name is neither an existing folder"):
+        attach(PromptDataModule(validation="owner/name:test"), stage="validate")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "rows.json"])
+def test_empty_file_is_called_empty(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"^data.train: cannot read .*{name}: the file is empty$"):
+        attach(PromptDataModule(train=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_file_without_rows_says_so(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"\n\n") if name.endswith("gz") else b"\n\n")
+    with pytest.raises(ValueError, match=rf"^data.train: cannot read .*{name}.*: there is no row in it"):
+        attach(PromptDataModule(train=str(tmp_path / name)))
+
+
 def test_source_of_unknown_format_is_named(write):
     with pytest.raises(ValueError, match=r"train, .*other.jsonl: the rows have the columns \['text'\].*prompt_column"):
         attach(PromptDataModule(train=[write(ROWS), write([{"text": "Hi"}], "other.jsonl")]))
