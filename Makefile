@@ -28,8 +28,8 @@ quickstart: $(INSTALLED) ## SFT, reward model and ReMax on generated toy data; a
 	$(PY) cli.py fit --config configs/quickstart/reward_model.yaml
 	$(PY) cli.py fit --config configs/quickstart/remax.yaml
 	$(PY) cli.py test --config configs/quickstart/remax.yaml --ckpt_path last
-	$(PY) cli.py report --responses $(RUN)/remax/responses.jsonl --run_dir $(RUN)/remax \
-		--reward_model_dir $(RUN)/reward_model --output_dir $(RUN) --started_at $$(cat $(RUN)/started_at)
+	$(PY) cli.py report --run_dir $(RUN)/remax --reward_model_dir $(RUN)/reward_model --output_dir $(RUN) \
+		--started_at $$(cat $(RUN)/started_at) --reference_label SFT --policy_label ReMax --judge_label gold
 
 test: $(INSTALLED) ## run the tests
 	$(PY) -m pytest

@@ -39,8 +39,9 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     cli("fit", "--config", str(CONFIGS / "remax.yaml"), *seeds, "--model.seed", str(seed))
     cli("test", "--config", str(CONFIGS / "remax.yaml"), "--ckpt_path", "last", "--model.seed", str(seed))
     run = "runs/quickstart"
-    report = ["--responses", f"{run}/remax/responses.jsonl", "--run_dir", f"{run}/remax", "--output_dir", run]
-    cli("report", *report, "--reward_model_dir", f"{run}/reward_model", "--started_at", str(started_at))
+    labels = ["--reference_label", "SFT", "--policy_label", "ReMax", "--judge_label", "gold"]
+    folders = ["--run_dir", f"{run}/remax", "--reward_model_dir", f"{run}/reward_model", "--output_dir", run]
+    cli("report", *folders, "--started_at", str(started_at), *labels)
     return json.loads((folder / run / "summary.json").read_text())
 
 

@@ -270,7 +270,7 @@ def test_sub_commands_are_there() -> None:
     for name in ("fit", "validate", "test", "predict", "export", "make-toy-data", "report"):
         assert name in text
     assert "--output_dir" in printed("make-toy-data", "--help")
-    assert "--responses" in printed("report", "--help")
+    assert "--run_dir" in printed("report", "--help")
     assert "--output_dir" in printed("export", "--help")
 
 
@@ -281,5 +281,5 @@ def test_toy_data_and_report(remax: Path, tmp_path: Path) -> None:
     run("fit", "--config", remax)
     run("test", "--config", remax, "--ckpt_path", "last")
     root = tmp_path / "remax_run"
-    run("report", "--responses", root / "responses.jsonl", "--run_dir", root, "--output_dir", tmp_path / "report")
+    run("report", "--run_dir", root, "--output_dir", tmp_path / "report")
     assert {"summary.json", "reward.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
