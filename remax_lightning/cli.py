@@ -29,7 +29,7 @@ from remax_lightning.plan import print_plan
 FUNCTIONS: dict[str, Any] = {"make-toy-data": make_toy_data, "report": report}
 
 
-def refuse_python_only(value: object) -> None:
+def refuse_python_only(value: object) -> str:
     """Refuse a value of a type that the command line cannot give.
 
     Raises:
@@ -38,8 +38,8 @@ def refuse_python_only(value: object) -> None:
     raise ValueError("a datasets.Dataset can only be given in Python; give a file, folder, hub name or list of rows")
 
 
-register_type(Dataset, deserializer=refuse_python_only)
-register_type(IterableDataset, deserializer=refuse_python_only)
+for python_only in (Dataset, IterableDataset):  # the serializer, too: by default it would turn any list into text
+    register_type(python_only, serializer=refuse_python_only, deserializer=refuse_python_only)
 
 
 class ExportingTrainer(Trainer):

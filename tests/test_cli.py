@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,33 @@ def test_last_without_a_checkpoint(remax: Path, tmp_path: Path) -> None:
         run("validate", "--config", remax, "--ckpt_path", "last")
     run("fit", "--config", remax, "--ckpt_path", "last")
     assert (tmp_path / "remax_run" / "hf").exists()
+
+
+def test_a_fit_without_validation_rows(remax: Path, tmp_path: Path) -> None:
+    run("fit", "--config", remax, "--hf_export.enabled", "false")
+    weights_with = torch.load(tmp_path / "remax_run" / "checkpoints" / "step=3.ckpt", weights_only=True)
+    options = ["--trainer.val_check_interval", 100, "--trainer.default_root_dir", tmp_path / "other"]
+    run("fit", "--config", remax, "--data.validation", "null", *options, "--hf_export.enabled", "false")
+    weights_without = torch.load(tmp_path / "other" / "checkpoints" / "step=3.ckpt", weights_only=True)
+    for name, weight in weights_with["state_dict"].items():
+        assert torch.equal(weight, weights_without["state_dict"][name])
+    metrics = (tmp_path / "other" / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "train/reward" in metrics
+    assert "val/" not in metrics
+
+
+def test_what_only_python_can_give_is_refused(remax: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("Dataset", "IterableDataset"):
+        message = refused(capsys, "fit", "--config", remax, "--data.train", f'{{"class_path": "datasets.{kind}"}}')
+        assert "a datasets.Dataset can only be given in Python; give a file, folder, hub name or list" in message
+
+
+@pytest.mark.parametrize("train", [["a.jsonl", "b.jsonl"], [{"prompt": "a b"}, {"prompt": "b c"}]])
+def test_lists_of_sources_and_of_rows_round_trip(remax: Path, tmp_path: Path, train: list[Any]) -> None:
+    text = printed("fit", "--config", remax, "--data.train", json.dumps(train), "--print_config")
+    assert yaml.safe_load(text)["data"]["init_args"]["train"] == train
+    (tmp_path / "printed.yaml").write_text(text)
+    assert printed("fit", "--config", tmp_path / "printed.yaml", "--print_config") == text
 
 
 def test_sft_and_reward_model(policy: str, tmp_path: Path) -> None:
