@@ -12,11 +12,13 @@ from remax_lightning.data.formats import Format, Row, UnusableRow, column_format
 from remax_lightning.functional.sequence import left_pad, length_mask, right_pad
 
 
+@dataclass(kw_only=True, eq=False, repr=False)  # so that errors of the constructor name this class
 class PromptDataModule(TokenizedDataModule):
     """Prompts to respond to.
 
     A batch has `prompt_ids` (B, P) left-padded, `prompt_mask` (B, P) bool, `prompt_index` (B,), each row's index in its
-    source, and a list of B values for each column of the source; `prompt` is the prompt as text or messages.
+    source, and a list of B values for each column of the source; `prompt` is the prompt as text or messages. A loader
+    that is given to `trainer.fit` instead of a data module has to yield batches with these keys.
     """
 
     def encoder_with(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:

@@ -1,5 +1,6 @@
 """Data sets and lists of rows given in Python behave as the same rows in a file do."""
 
+import inspect
 import warnings
 from pathlib import Path
 
@@ -136,11 +137,27 @@ def test_an_unset_seed_leaves_the_state_as_it_was(write, streaming):
     assert data.state_dict() == {"epoch": 0, "rows": 8}
 
 
+@pytest.mark.parametrize("module", [PromptDataModule, DemonstrationDataModule, PreferenceDataModule])
+def test_every_argument_stands_in_the_signature(module):
+    parameters = dict(inspect.signature(module).parameters)
+    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {"train", "seed", "long_prompts"} <= set(parameters)
+    with pytest.raises(TypeError, match=rf"{module.__name__}.*batchsize"):
+        module(batchsize=3)
+
+
 # fits without validation
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"val_check_interval": 100}, {"val_check_interval": 0.5}, {"num_sanity_val_steps": 2}]
+    "options",
+    [
+        {},
+        {"val_check_interval": 100},
+        {"val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"val_check_interval": 0.5},
+        {"num_sanity_val_steps": 2},
+    ],
 )
 def test_a_fit_without_validation_rows_does_not_validate(write, tmp_path, caplog, options):
     with warnings.catch_warnings():
