@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from datasets import Dataset, IterableDataset
 from jsonargparse import auto_cli
 from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
@@ -21,24 +22,28 @@ from remax_lightning.callbacks.find_checkpoint import checkpoint_folder, verifie
 from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import check_model, flat
 from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
-from remax_lightning.data.toy import write_world
+from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.modules.supported import unsupported_strategy
 from remax_lightning.plan import print_plan
 from remax_lightning.rewards import RewardFunction
 
+FUNCTIONS: dict[str, Any] = {"make-toy-data": make_toy_data, "report": report}
 
-def refuse_python_object(value: object) -> Any:
-    """Refuse a value for what only Python code can give, such as a loaded model."""
+
+def refuse_python_only(value: object) -> str:
+    """Refuse a value of a type that the command line cannot give, such as a loaded model.
+
+    Raises:
+        ValueError: Always.
+    """
     raise ValueError(f"only Python code can give an object here, got {value!r}")
 
 
-# what only Python code can give; on the command line no class of these is looked for
-for python_type in (PreTrainedModel, PreTrainedTokenizerBase, RewardFunction):
-    register_type(python_type, deserializer=refuse_python_object)
-
-FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}
+for python_only in (PreTrainedModel, PreTrainedTokenizerBase, RewardFunction, Dataset, IterableDataset):
+    # the serializer, too: by default it would turn any list into text
+    register_type(python_only, serializer=refuse_python_only, deserializer=refuse_python_only)
 
 
 class ExportingTrainer(Trainer):
@@ -198,7 +203,7 @@ def main(args: list[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "description": "ReMax and its pipeline: supervised fine-tuning, reward model, ReMax. "
-            "Further sub-commands, each with its own --help: world (make the quickstart's data), "
+            "Further sub-commands, each with its own --help: make-toy-data (the quickstart's data), "
             "report (table, plot and summary of a tested run)."
         },
         args=args,
