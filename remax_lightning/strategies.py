@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -79,6 +80,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         # a model's output is never changed in place here
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._data_parallel_size = self.num_nodes * self.num_processes
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        rank_zero_info(f"fsdp2 computes in {dtype} (trainer.strategy.compute_dtype); trained weights stay in float32")
         super().setup_environment()
         if self.world_size % self.replicas:
             raise ValueError(

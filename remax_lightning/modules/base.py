@@ -21,7 +21,7 @@ from remax_lightning.models.sharded_loading import Loader, gather_to_rank_0, loa
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.means import Means
 from remax_lightning.modules.optimizers import parameter_groups
-from remax_lightning.modules.supported import check_trainer
+from remax_lightning.supported import check_supported
 
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 MAX_SKIPPED_STEPS = 10
@@ -100,7 +100,7 @@ class TrainableModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what this loop cannot do right."""
-        check_trainer(self.trainer, is_sharded=self.sharding is not None)
+        check_supported(self.trainer.strategy, self.trainer.precision)
 
     def load(self, load: Loader, source: ModelSource) -> PreTrainedModel:
         """A model to train: with adapters, split over processes and with checkpointed activations, as configured.
