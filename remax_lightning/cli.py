@@ -29,9 +29,9 @@ from remax_lightning.plan import print_plan
 FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}
 
 EPILOG = (
-    f"An error is one sentence; {TRACEBACK}=1 before the command shows where it comes from. Tab completion in bash: "
-    'eval "$(remax-lightning --print_completion bash)" (with the package shtab); --print_config=comments explains each '
-    "setting of a configuration (with ruamel.yaml)."
+    f"An error is one sentence; set {TRACEBACK}=1 for the traceback. Completion of options in a shell (needs shtab): "
+    "--print_completion shtab-bash > FILE, then source FILE. A configuration with explanations (needs ruamel.yaml): "
+    "fit --config FILE --print_config=comments."
 )
 INTERRUPTED = 130  # what a shell says of a process that SIGINT ended
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -22,6 +23,20 @@ reading: ContextVar[str | None] = ContextVar("reading", default=None)
 STRATEGY = "--trainer.strategy"
 STRATEGY_CLASSES = {"fsdp2": "FSDP2Strategy", "ddp": "DDPStrategy"}
 """Short names of strategies, and the classes that take arguments of their own."""
+
+PYTHON_COMPLETION = """
+# python SCRIPT ...: as SCRIPT ..., without the first word; files for any other script
+FUNCTION_of_python() {
+  if [[ "${COMP_WORDS[1]}" == *SCRIPT && $COMP_CWORD -gt 1 ]]; then
+    COMP_WORDS=("${COMP_WORDS[@]:1}")
+    COMP_CWORD=$((COMP_CWORD - 1))
+    FUNCTION
+  else
+    COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
+  fi
+}
+complete -o bashdefault -F FUNCTION_of_python python python3
+"""
 
 SPLITS = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
 """The rows that a sub-command cannot do without."""
@@ -50,6 +65,14 @@ class Parser(LightningArgumentParser):
         file = "" if reading.get() is None else f"{reading.get()}: "
         sys.stderr.write(f"error: {file}{explain(message, getattr(ex, 'subcommand_parser', None) or self)}\n")
         self.exit(2)
+
+    def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
+        """The script that completes options in a shell; that for bash completes ``python cli.py``, too."""
+        script = super().get_completion_script(completion_type, **kwargs)
+        if completion_type != "shtab-bash" or not self.prog.endswith(".py"):
+            return script
+        function = "_shtab_" + re.sub(r"\W", "_", self.prog)
+        return script + PYTHON_COMPLETION.replace("SCRIPT", self.prog).replace("FUNCTION", function)
 
 
 def prepare(args: Sequence[str], foreign: set[str]) -> list[str]:

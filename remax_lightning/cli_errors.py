@@ -216,7 +216,17 @@ def _not_settings(match: re.Match[str], key: str, classes: list[str], parser: An
     return f"{key} has settings of its own, {', '.join(f'{key}.{name}' for name in names)}; got {match[1]}"
 
 
+def _extra(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A package that is not installed."""
+    package, option = (
+        ("shtab", "--print_completion") if "shtab" in match[0] else ("ruamel.yaml", "--print_config=comments")
+    )
+    return f"{option} needs the package {package}, which is not installed: pip install {package}"
+
+
 REASONS = {
+    r"--print_completion: invalid choice: 'shtab-\w+' \(choose from 'jsonschema'\)": _extra,
+    r'Invalid option "comments"': _extra,
     r"unrecognized arguments: (\S+)": _unknown_option,
     r"Option '([^']+)' is not accepted": _unknown_option,
     r"Subcommand '\w+' does not accept option '([^']+)'": _unknown_argument,
