@@ -91,15 +91,17 @@ def prepare(args: Sequence[str], foreign: set[str]) -> list[str]:
         FileNotFoundError: If a file is not there.
     """
     prepared: list[str] = []
-    strategies: list[Any] = []  # as they are given, one after another
+    strategy: object = None  # as it was given last
     for option, value in _options(args):
         if option in ("--config", "-c") and value is not None and not any(mark in value for mark in ("\n", "{", "://")):
             config, value = read_config(value, foreign)
-            strategies.append((config.get("trainer") or {}).get("strategy"))
+            trainer = config.get("trainer")
+            strategy = trainer.get("strategy", strategy) if isinstance(trainer, dict) else strategy
         elif option == STRATEGY:
-            strategies.append(value)
-        elif option.startswith(f"{STRATEGY}.") and strategies and strategies[-1] in STRATEGY_CLASSES:
-            prepared += [STRATEGY, STRATEGY_CLASSES[strategies.pop()]]
+            strategy = value
+        elif option.startswith(f"{STRATEGY}.") and isinstance(strategy, str) and strategy in STRATEGY_CLASSES:
+            prepared += [STRATEGY, STRATEGY_CLASSES[strategy]]
+            strategy = None
         prepared += [option] if value is None else [option, value]
     return prepared
 

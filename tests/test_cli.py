@@ -194,7 +194,9 @@ def test_one_seed_decides_the_run(remax: Path, tmp_path: Path, fitted: list[Any]
         (["--trainer.strategy", "fsdp2", "--trainer.strategy.compute_dtype", "float32"], torch.float32),
         (["--trainer.strategy=fsdp2", "--trainer.strategy.compute_dtype=float32"], torch.float32),
         (["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.compute_dtype", "float32"], torch.float32),
-        (["--config", "overlay.yaml", "--trainer.strategy.compute_dtype", "float32"], torch.float32),
+        (["--config", "short.yaml", "--trainer.strategy.compute_dtype", "float32"], torch.float32),
+        (["--config", "class.yaml", "--config", "other.yaml"], torch.float32),
+        (["--config", "class.yaml", "--trainer.strategy.compute_dtype", "bfloat16"], torch.bfloat16),
     ],
 )
 def test_a_strategy_by_either_name(
@@ -207,7 +209,11 @@ def test_a_strategy_by_either_name(
 ) -> None:
     monkeypatch.setattr(cli.ExportingTrainer, "fit", lambda self, model, **_: fitted.append(self.strategy))
     monkeypatch.chdir(tmp_path)
-    Path("overlay.yaml").write_text("trainer: {strategy: fsdp2}")
+    Path("short.yaml").write_text("trainer: {strategy: fsdp2}")
+    Path("class.yaml").write_text(
+        "trainer: {strategy: {class_path: FSDP2Strategy, init_args: {compute_dtype: float32}}}"
+    )
+    Path("other.yaml").write_text("trainer: {max_steps: 2}")
     run("fit", "--config", remax, *arguments)
     assert type(fitted[0]) is FSDP2Strategy
     assert fitted[0].compute_dtype == dtype
