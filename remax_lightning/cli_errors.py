@@ -152,8 +152,8 @@ def _required(match: re.Match[str], key: str, classes: list[str], parser: Any) -
     """Arguments without a default that were not given."""
     names = [name.strip() for name in match[1].splitlines()[0].split(",")]
     if classes:
-        names = [f"{key}.{name}" for name in names]
-        return f"{classes[-1].rpartition('.')[2]} needs {' and '.join(names)}; give it by --{names[0]} or in a file"
+        options = " ".join(f"--{key}.{name} ..." for name in names)
+        return f"{classes[-1].rpartition('.')[2]} needs {' and '.join(names)}: give {options}, or set them in a file"
     names = [name.partition(".")[2] or name for name in names]  # behind the sub-command
     hint = ", in a file such as --config configs/remax.yaml" if {"model", "data"} & set(names) else ""
     return f"{' and '.join(f'--{name}' for name in names)} must be given{hint}"
@@ -176,17 +176,22 @@ def _not_primitive(match: re.Match[str], key: str, value: str) -> str | None:
     return f"{key} must be {' or '.join(sorted(PRIMITIVES[each] for each in expected))}, got {value}"
 
 
-def _wrong_type(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
-    """A value of another type."""
+def _value(match: re.Match[str]) -> str:
+    """The value that a reason is about."""
     value = re.findall(r"(?:Got value:|Given value:) (.*)", match.string)[0]
     nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", value)
-    return _not_primitive(match, key, nested[1].strip("'") if nested else value) or match.string
+    return nested[1].strip("'") if nested else value
+
+
+def _wrong_type(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A value of another type."""
+    return _not_primitive(match, key, _value(match)) or match.string
 
 
 def _wrong_choice(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
     """A value that is none of those allowed."""
     choices = [each for group in re.findall(r"Literal\[([^\]]*)\]", match.string) for each in group.split(", ")]
-    value = re.findall(r"(?:Got value:|Given value:) (.*)", match.string)[0]
+    value = _value(match)
     names = PRECISIONS if key == "trainer.precision" else dict.fromkeys(each.strip("'") for each in choices)
     return f"{key} must be one of {', '.join(names)}, got {value}{nearest(value, names)}"
 
@@ -200,7 +205,8 @@ def _abstract(match: re.Match[str], key: str, classes: list[str], parser: Any) -
 def _not_one(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
     """Something else where a class path was expected."""
     known = sorted({each.__name__ for each in known_classes(key, classes, parser)})
-    return f"{key} takes one {match[1]}, as class_path and init_args, got {match[2]}; known are {', '.join(known)}"
+    value = _value(match)
+    return f"{key} takes one {match[1]}, as class_path and init_args, got {value}; known are {', '.join(known)}"
 
 
 def _not_imported(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
@@ -233,7 +239,7 @@ REASONS = {
     r"Group '([^']+)' does not accept option '([^']+)'": _unknown_option,
     r"arguments are required: (.*)": _required,
     r"instantiatable class, but (\S+) is abstract": _abstract,
-    r"Not a valid subclass of (\w+)\. Got value: (.*)": _not_one,
+    r"Not a valid subclass of (\w+)": _not_one,
     r"Unable to load config '(.*)'": _not_settings,
     r"(Import path does not correspond to a subclass of \w+)": _not_imported,
     r"(No module named '[^']+')": _not_imported,
@@ -267,7 +273,7 @@ def known_classes(key: str, classes: list[str], parser: Any) -> Iterator[type]:
     else:
         hint = getattr(parser._option_string_actions.get(f"--{key}"), "_typehint", None)
     for base in set(_classes_in(hint)):
-        yield from _concrete(base)
+        yield from [each for each in _concrete(base) if each is not base] or [base]
 
 
 def _classes_in(hint: Any) -> Iterator[type]:

@@ -133,7 +133,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "no reward": (
         ("fit", "--config", "rewardless.yaml"),
-        "ReMax needs model.reward; give it by --model.reward or in a file",
+        "ReMax needs reward: give --model.reward ..., or set them in",
     ),
     "rewards": (
         (*FIT, "--model.reward", "[{class_path: FunctionReward}]"),
@@ -209,9 +209,12 @@ def failing(prompts, responses):
 @pytest.fixture
 def files(config: dict[str, Any]) -> None:
     """Files with something wrong in the working directory."""
-    for name, key in (("rewardless", "reward"), ("modelless", "policy")):
-        init = {each: value for each, value in config["model"]["init_args"].items() if each != key}
-        Path(f"{name}.yaml").write_text(yaml.safe_dump({**config, "model": {**config["model"], "init_args": init}}))
+    init = config["model"]["init_args"]
+    for name, model in (
+        ("rewardless", {each: value for each, value in init.items() if each != "reward"}),
+        ("modelless", {**init, "policy": {"dtype": "float32"}}),
+    ):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({**config, "model": {**config["model"], "init_args": model}}))
     Path("dataless.yaml").write_text(yaml.safe_dump({**config, "data": {"class_path": "PromptDataModule"}}))
     Path("open.yaml").write_text("trainer: {max_steps: 2\nmodel: x\n")
     Path("tab.yaml").write_text("trainer:\n\tmax_steps: 2\n")
