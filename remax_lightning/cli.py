@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 from jsonargparse import auto_cli
+from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax_lightning import data, modules, rewards, rollout, strategies  # noqa: F401 (known by short names)
 from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck
@@ -23,6 +25,17 @@ from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.modules.supported import unsupported_strategy
 from remax_lightning.plan import print_plan
+from remax_lightning.rewards import RewardFunction
+
+
+def refuse_python_object(value: object) -> Any:
+    """Refuse a value for what only Python code can give, such as a loaded model."""
+    raise ValueError(f"only Python code can give an object here, got {value!r}")
+
+
+# what only Python code can give; on the command line no class of these is looked for
+for python_type in (PreTrainedModel, PreTrainedTokenizerBase, RewardFunction):
+    register_type(python_type, deserializer=refuse_python_object)
 
 FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}
 

@@ -10,7 +10,6 @@ import remax_lightning
 
 PACKAGE = Path(remax_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LINES = 300
 LOWER = {"functional", "models", "rollout", "rewards"}
 # the packages of remax_lightning that each of them may import, itself apart
 ALLOWED = {
@@ -64,7 +63,7 @@ def label(path: Path) -> str:
 
 def test_the_walk_finds_imports() -> None:
     assert {part(path) for path in FILES} >= {*ALLOWED, "cli"}
-    assert parts_imported(PACKAGE / "modules" / "scored_policy.py") >= LOWER | {"modules"}
+    assert parts_imported(PACKAGE / "modules" / "policy_gradient.py") >= LOWER | {"modules"}
     assert {"torch", "transformers", "lightning"} <= libraries(PACKAGE / "modules" / "base.py")
 
 
@@ -104,8 +103,3 @@ def test_siblings_do_not_import_each_other() -> None:
             assert not {
                 name for name in imports(path) if name.rpartition(".")[0] in others | {"remax_lightning.modules"}
             }
-
-
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_no_file_is_long(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES

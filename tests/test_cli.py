@@ -20,11 +20,6 @@ SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 
 
 @pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-@pytest.fixture
 def remax(policy: str, tmp_path: Path) -> Path:
     """Configuration of a ReMax run of three steps."""
     prompts = tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in tiny.PROMPTS])
@@ -261,7 +256,7 @@ def test_print_config_round_trips(remax: Path, tmp_path: Path) -> None:
     path.write_text(first)
     assert printed("fit", "--config", path, "--print_config") == first
     config = yaml.safe_load(first)
-    assert config["model"]["class_path"] == "remax_lightning.modules.ReMax"
+    assert config["model"]["class_path"] == "remax_lightning.ReMax"
     assert config["model"]["init_args"]["gamma"] == 0.9
 
 

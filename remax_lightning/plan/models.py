@@ -90,7 +90,7 @@ def load_config(source: ModelSource, name: str, **overrides: Any) -> PretrainedC
             f"plan downloads nothing and {folder} is no local folder with a config.json, so the size of {name} is not "
             f"known; give {name}.architecture, a folder with the config.json"
         )
-    if needs_tokenizer and not _is_folder(tokenizer):
+    if needs_tokenizer and not _is_folder(str(tokenizer)):
         raise ValueError(
             f"plan downloads nothing, so the vocabulary of {name} is not known; give {name}.config.vocab_size or a "
             f"local folder as {name}.tokenizer, got {tokenizer}"

@@ -205,15 +205,11 @@ def test_keep_last_is_checked(tmp_path: Path) -> None:
         Checkpoint(dirpath=str(tmp_path), keep_last=0)
 
 
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
 def train(policy: str, folder: Path, steps: int, ckpt_path: str | None = None, **options: Any) -> Checkpoint:
     callback = Checkpoint(dirpath=str(folder), **{"every_n_train_steps": 1, **options})
     trainer = tiny.trainer(folder.parent, steps, [callback], enable_checkpointing=True)
     data = tiny.prompt_data(folder.parent, batch_size=2)
-    trainer.fit(tiny.remax(policy, optimizer=adam), datamodule=data, ckpt_path=ckpt_path)
+    trainer.fit(tiny.remax(policy, optimizer=tiny.adam()), datamodule=data, ckpt_path=ckpt_path)
     return callback
 
 

@@ -22,10 +22,6 @@ from remax_lightning.callbacks.termination import Terminated
 STEPS = 4
 
 
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
 def sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -44,7 +40,7 @@ class Signals(Callback):
 
 
 def fit(policy: str, folder: Path, callback: Callback | None = None, *, patch: Any = None, **options: Any) -> Any:
-    module = tiny.remax(policy, optimizer=adam)
+    module = tiny.remax(policy, optimizer=tiny.adam())
     data = tiny.prompt_data(folder.parent, batch_size=2)
     data.sources["validation"] = data.sources["train"]
     if patch is not None:
@@ -60,11 +56,6 @@ def fit(policy: str, folder: Path, callback: Callback | None = None, *, patch: A
     )
     trainer.fit(module, datamodule=data, **options)
     return trainer.lightning_module.policy
-
-
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
 
 
 @contextmanager
@@ -202,7 +193,7 @@ def test_slurm_requeue_is_left_to_lightning(policy: str, tmp_path: Path, monkeyp
             if trainer.global_step == 3:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
-    module = tiny.remax(policy, optimizer=adam)
+    module = tiny.remax(policy, optimizer=tiny.adam())
     trainer = tiny.trainer(
         tmp_path,
         STEPS,
@@ -216,7 +207,7 @@ def test_slurm_requeue_is_left_to_lightning(policy: str, tmp_path: Path, monkeyp
     assert commands == [["scontrol", "requeue", "7"]]
     checkpoint = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
-    resumed = tiny.remax(policy, optimizer=adam)
+    resumed = tiny.remax(policy, optimizer=tiny.adam())
     again = tiny.trainer(tmp_path, STEPS)
     again.fit(resumed, datamodule=tiny.prompt_data(tmp_path, batch_size=2), ckpt_path=str(tmp_path / "hpc_ckpt_1.ckpt"))
     assert tiny.are_equal(tiny.weights(resumed.policy), tiny.weights(module.policy))
@@ -245,11 +236,10 @@ class Wait(Callback):
                 time.sleep(0.01)
 
 data = tiny.prompt_data(root, batch_size=1, train=str(root / "rows.jsonl"))
-adam = lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)
 trainer = tiny.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=4,
     callbacks=[Wait(), Checkpoint(dirpath=str(root / "run"))], logger=False, enable_progress_bar=False,
     enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, default_root_dir=root)
-trainer.fit(tiny.remax(str(root / "policy"), optimizer=adam), datamodule=data)
+trainer.fit(tiny.remax(sys.argv[3], optimizer=tiny.adam()), datamodule=data)
 """
 
 
@@ -260,7 +250,7 @@ def test_a_process(policy: str, tmp_path: Path, devices: int) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(devices)]
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(devices), policy]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 100

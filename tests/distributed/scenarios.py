@@ -190,7 +190,7 @@ def half(folder: Path, world: int) -> Results:
     found = fit(module, prompts(folder, world), folder, world, strategy={"compute_dtype": "bfloat16"}, steps=3)
     assert module.reference is not None
     found["dtypes"] = [
-        {str(value.dtype) for value in model.parameters()} for model in (module.policy, module.reference)
+        {str(value.dtype) for value in model.parameters()} for model in (module.policy, module.reference.model)
     ]
     return found
 
@@ -266,7 +266,7 @@ def collectives(folder: Path, world: int) -> Results:
 
         module.collect = counted  # type: ignore[method-assign]
         fit(module, prompts(folder, world), folder, world, steps=1)
-        models = (module.policy, module.reference, module.reward.model)  # type: ignore[attr-defined]
+        models = (module.policy, module.reference.model, module.reward.model)  # type: ignore[attr-defined]
         found["units"] = sum(len(sharded_units(model)) for model in models)
         found[str(length)] = dict(mode.counts)
     return found
