@@ -46,7 +46,6 @@ def main(output_dir: str = "runs/example", max_steps: int = 60) -> tuple[float, 
         accelerator="cpu",
         devices=1,
         default_root_dir=output_dir,
-        inference_mode=False,
         enable_checkpointing=False,  # or callbacks=[Checkpoint(...)], for checkpoints that resume exactly
         callbacks=[SelfCheck(), HFExport()],
     )

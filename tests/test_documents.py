@@ -110,8 +110,7 @@ def logged(module: LightningModule, data: LightningDataModule, folder: Path, **o
     return names
 
 
-def logged_by_all(folder: Path) -> Iterator[set[str]]:
-    policy = tiny.save_model(folder / "policy")
+def logged_by_all(policy: str, folder: Path) -> Iterator[set[str]]:
     rewards: dict[str, Any] = {
         "reward": FunctionReward("reward_functions.letter_values"),
         "judge": FunctionReward("reward_functions.letter_values"),
@@ -129,10 +128,10 @@ def logged_by_all(folder: Path) -> Iterator[set[str]]:
         yield logged(module, data_module(train=path, validation=path, test=path, batch_size=2), folder)
 
 
-def test_every_metric_is_documented_and_logged(tmp_path: Path) -> None:
+def test_every_metric_is_documented_and_logged(policy: str, tmp_path: Path) -> None:
     table_rows = [line for line in read("docs/metrics.md").splitlines() if line.startswith("| `")]
     documented = {each for row in table_rows for each in re.findall(r"`(\w+/\w+)`", row.split("|")[1])}
-    assert set().union(*logged_by_all(tmp_path)) == documented
+    assert set().union(*logged_by_all(policy, tmp_path)) == documented
 
 
 # commands
@@ -211,8 +210,7 @@ def grpo() -> type[Any]:
     return names["GRPO"]
 
 
-def test_the_method_of_contributing_trains(tmp_path: Path) -> None:
-    policy = tiny.save_model(tmp_path / "policy")
+def test_the_method_of_contributing_trains(policy: str, tmp_path: Path) -> None:
     module = grpo()(
         policy=policy, reward=FunctionReward("reward_functions.letter_values"), sampling=Sampling(8, num_samples=4)
     )
@@ -225,8 +223,7 @@ def test_the_method_of_contributing_trains(tmp_path: Path) -> None:
     assert not tiny.are_equal(before, tiny.weights(module.policy))
 
 
-def test_its_advantages_are_normalized_over_each_prompt(tmp_path: Path) -> None:
-    policy = tiny.save_model(tmp_path / "policy")
+def test_its_advantages_are_normalized_over_each_prompt(policy: str) -> None:
     module = grpo()(
         policy=policy,
         reward=FunctionReward("reward_functions.letter_values"),
@@ -269,10 +266,9 @@ def test_the_rewards_of_the_documents_score(tmp_path: Path) -> None:
     torch.testing.assert_close(reward(prompts, responses), expected)
 
 
-def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_code_runs(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = blocks(read("README.md"), "python")
     assert len(block.splitlines()) <= 16
-    policy = tiny.save_model(tmp_path / "policy")
     code = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", policy).replace("max_steps=100", "max_steps=2")
     code = code.replace(", as_chat=True", "").replace('"What is {a} + {b}?"', '"ab"')
     monkeypatch.chdir(tmp_path)
