@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax_lightning import data, modules, rewards, rollout, strategies  # noqa: F401 (known by short names)
 from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck
-from remax_lightning.callbacks.hf_export import export_module
+from remax_lightning.callbacks.find_checkpoint import checkpoint_folder, verified
+from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import check_model, flat
-from remax_lightning.callbacks.safe_checkpoint_io import check_complete, newest_complete, read_checkpoint
+from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
 from remax_lightning.data.toy import write_world
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
@@ -54,16 +55,21 @@ class ExportingTrainer(Trainer):
 
         Args:
             model: The module whose checkpoint it is.
-            ckpt_path: Checkpoint, or ``last`` for the newest of the run.
+            ckpt_path: Checkpoint; or ``last`` for the newest or ``best`` for the best of the run.
             output_dir: Folder to write.
             datamodule: Not used.
         """
         model.configure_model()
-        checkpoint = read_checkpoint(ckpt_path)
+        path = verified(ckpt_path)
+        checkpoint = read_checkpoint(path)
         check_model(checkpoint, model, is_fit=False)
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
-        export_module(model, output_dir)
-        print(f"exported {ckpt_path} to {output_dir}")
+        record = TrainingRecord(type(model).__name__, int(checkpoint["global_step"]), path.name, is_last=False)
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, Checkpoint):
+                record = recorded(record, path, callback.store)
+        export_module(model, output_dir, record)
+        print(f"exported {record} to {output_dir}")
 
     @staticmethod
     def plan(model: Mapping[str, Any], gpus: int, gpu_memory: float = 80.0) -> None:
@@ -136,14 +142,15 @@ class CLI(LightningCLI):
             self._parser("plan").error(str(error))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Read ``--ckpt_path last`` as the newest complete checkpoint in the run's folder, and check a file.
+        """Find the checkpoint of the run that ``--ckpt_path`` means.
 
-        Lightning only warns where there is none and goes on with the weights as they are; here only a fit starts anew.
+        Lightning only warns where there is none and goes on with the weights as they are; here only ``fit`` with
+        ``last`` starts from the beginning.
         """
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") not in (None, "hpc"):
-            folder = checkpoint_folder(self._get(self.config_init, "trainer.default_root_dir"))
-            kwargs["ckpt_path"] = find_checkpoint(str(kwargs["ckpt_path"]), folder, is_fit=subcommand == "fit")
+            (callback,) = (each for each in self.trainer.checkpoint_callbacks if isinstance(each, Checkpoint))
+            kwargs["ckpt_path"] = callback.find(str(kwargs["ckpt_path"]), is_fit=subcommand == "fit")
         return kwargs
 
     def _parse_ckpt_path(self) -> None:
@@ -160,34 +167,6 @@ def own_error(error: BaseException) -> BaseException | None:
         if raised_in and raised_in[-1].startswith("remax_lightning."):
             return each
     return None
-
-
-def find_checkpoint(given: str, folder: str, is_fit: bool) -> str | None:
-    """The file that ``--ckpt_path`` means.
-
-    Args:
-        given: ``last`` or a path.
-        folder: Where the run keeps its checkpoints.
-        is_fit: A fit may start without a checkpoint.
-
-    Raises:
-        ValueError: If it is an address of another kind, or corrupt.
-        FileNotFoundError: If it is not there.
-    """
-    if "://" in given or given.startswith("registry"):
-        raise ValueError(f"--ckpt_path takes a local file or last, got {given}; copy it to this machine first")
-    if given != "last":
-        check_complete(given)
-        return given
-    newest = newest_complete(folder)
-    if newest is None and not is_fit:
-        raise FileNotFoundError(f"--ckpt_path last: there is no checkpoint in {folder}; run fit first, or name a file")
-    return None if newest is None else str(newest)
-
-
-def checkpoint_folder(root: str | None) -> str:
-    """Where a run with this ``trainer.default_root_dir`` keeps its checkpoints."""
-    return os.path.join(os.path.abspath(root or "."), "checkpoints")
 
 
 def main(args: list[str] | None = None) -> None:

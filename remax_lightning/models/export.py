@@ -1,4 +1,4 @@
-"""Write a trained model as a Hugging Face folder that anyone can load."""
+"""A trained model as a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ def export(
         model: Causal language model or sequence-classification model, with adapters or without.
         tokenizer: Its tokenizer.
         output_dir: Folder to write, made if missing; files of the same name are replaced.
-        merge: Write a model with adapters as an ordinary one that they are merged into; or, if false, write the
-            adapters alone and the name of the model that they belong to. Without adapters it makes no difference.
+        merge: Merge adapters into the model; if false, write the adapters alone, with the name of their base model.
+            Without adapters it makes no difference.
     """
     if isinstance(model, PeftModel) and not merge:
-        # embeddings are never trained, so there is no need to look up whether they are those of the base
+        # embeddings are never trained, so peft need not compare them with those of the base model
         model.save_pretrained(output_dir, save_embedding_layers=False)
     else:
         (merged(model) if isinstance(model, PeftModel) else model).save_pretrained(output_dir)
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):  # adapters of an earlier export would be put on top
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):  # adapters of an earlier export would be loaded on top
             (Path(output_dir) / name).unlink(missing_ok=True)
     tokenizer.save_pretrained(output_dir)

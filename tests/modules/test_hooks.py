@@ -36,7 +36,7 @@ def test_a_method_is_its_advantages(policy: str, tmp_path: Path) -> None:
     for each in (half, full):
         tiny.fit(each, tiny.prompt_data(tmp_path), tmp_path, steps=2)
     tiny.assert_close(tiny.weights(half.policy), tiny.weights(full.policy))
-    with pytest.raises(ValueError, match="Centered compares .*num_samples must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"Centered compares .*num_samples must be at least 2, got 1"):
         module(Centered, policy, sampling=Sampling(8))
 
 
@@ -55,7 +55,11 @@ def drop_column(rollout: Rollout) -> Tensor:
         ("advantages", lambda rollout: None, r"advantages must return a tensor of the shape \(10, .*got NoneType"),
         ("advantages", lambda rollout: rollout.rewards, r"a weight for each response token, \(10, \d+\), got \(10,\)"),
         ("advantages", drop_column, r"a weight for each response token"),
-        ("losses", lambda *args: torch.zeros(()), r"losses must yield a Loss .*, got Tensor; write yield Loss\(value\)"),
+        (
+            "losses",
+            lambda *args: torch.zeros(()),
+            r"losses must yield a Loss .*, got Tensor; write yield Loss\(value\)",
+        ),
         ("losses", lambda *args: None, r"losses must yield a Loss .*, got NoneType"),
         ("losses", lambda *args: iter([torch.zeros(())]), r"losses must yield Loss\(value, .*\), got Tensor"),
     ],
@@ -139,7 +143,9 @@ def test_a_loaded_model_is_refused_where_it_cannot_be_trained_right(policy: str)
     options = {"reward": lambda prompts, responses: [0.0], "sampling": Sampling(8)}
     dropout = tiny.language_model("gpt2", resid_pdrop=0.1)
     dropout.name_or_path = policy
-    with pytest.raises(ValueError, match=r"trained without dropout, but the loaded GPT2LMHeadModel has .*'resid_pdrop'"):
+    with pytest.raises(
+        ValueError, match=r"trained without dropout, but the loaded GPT2LMHeadModel has .*'resid_pdrop'"
+    ):
         ReMax(policy=dropout, **options)
     with pytest.raises(ValueError, match="LlamaForCausalLM does not say where its tokenizer is; give ModelSource"):
         ReMax(policy=tiny.language_model(), **options)
