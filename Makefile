@@ -6,10 +6,11 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY ?= passive
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.remax-lightning-installed
+DOCS_INSTALLED := $(VENV)/.remax-lightning-docs-installed
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check clean
+.PHONY: help install quickstart test check docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,5 +40,12 @@ check: $(INSTALLED) ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-clean: ## remove .venv and runs
-	rm -rf $(VENV) runs
+docs: $(DOCS_INSTALLED) ## build the documentation into site/; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+clean: ## remove .venv, runs and site
+	rm -rf $(VENV) runs site
