@@ -20,6 +20,7 @@ PRODUCTS = {
     aten.addmm.default,
     aten.baddbmm.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.mkldnn._linear_pointwise.default,
 }
 
 
@@ -35,7 +36,8 @@ class Jitter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        product = result[0] if isinstance(result, tuple) else result
-        if func in PRODUCTS and type(product) is Tensor and product.device.type == "cpu" and product.is_floating_point():
-            product.copy_(product * factors(product.shape, product.dtype))
+        if func in PRODUCTS:
+            product = result[0] if isinstance(result, tuple) else result
+            if type(product) is Tensor and product.device.type == "cpu":
+                product.copy_(product * factors(product.shape, product.dtype))
         return result
