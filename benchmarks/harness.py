@@ -23,6 +23,13 @@ def peak_mib() -> float:
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
 
 
+TOY = {"vocabulary": 512, "max_new_tokens": 4, "steps": 2}
+"""The sizes of a case with ``--toy``."""
+TOY_DATA = ("--num_demonstrations", "64", "--num_preferences", "64", "--num_prompts", "64", "--num_held_out", "16")
+"""Arguments of ``cli.py make-toy-data`` with ``--toy``."""
+TOY_HELP = "sizes that take seconds, to see that the script runs; the figures mean nothing"
+
+
 def measure(build: Callable[[], Callable[[int], Any]], size: int) -> dict[str, Any]:
     """CPU seconds of one piece of work, and the process's peak memory beyond that of its imports, MiB.
 
@@ -85,9 +92,16 @@ def argument_parser(description: str | None, repeats: int = 3) -> argparse.Argum
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--output", type=Path, help="file for the JSON object")
+    parser.add_argument("--toy", action="store_true", help=f"first and last case, {TOY_HELP}")
     parser.add_argument("--worker", choices=["peer", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     return parser
+
+
+def chosen(cases: list[dict[str, Any]], arguments: argparse.Namespace, **settings: Any) -> list[dict[str, Any]]:
+    """The cases to run, with settings that all of them share."""
+    sized = [{**each, **TOY} for each in (cases[0], cases[-1])] if arguments.toy else cases
+    return [{**settings, **each} for each in sized]
 
 
 def one_thread() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import argument_parser, conclude, contend, one_thread, peak_mib
+from harness import argument_parser, chosen, conclude, contend, one_thread, peak_mib
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,7 +87,7 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(measure(arguments.worker, arguments.case)))
         return
-    conclude("head", [compare(case, arguments.repeats) for case in CASES], arguments.output)
+    conclude("head", [compare(case, arguments.repeats) for case in chosen(CASES, arguments)], arguments.output)
 
 
 if __name__ == "__main__":

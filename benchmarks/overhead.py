@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import argument_parser, conclude, contend, one_thread
+from harness import argument_parser, chosen, conclude, contend, one_thread
 from step import CLOCK, KL_COEF, NEW_TOKENS, OPTIMIZER, PROMPTS, Phases, distinct_words, ours, prepare
 from step import work as timed
 from torch import Tensor
@@ -26,7 +26,10 @@ from remax_lightning.models.next_token import log_probs_of, policy_gradient_of
 from remax_lightning.models.source import ModelSource
 from remax_lightning.rollout import Rollout, Sampling, TransformersEngine
 
-CASES = [{"name": "overhead 8k", "vocabulary": 8192}, {"name": "overhead 50k", "vocabulary": 50304}]
+CASES = [
+    {"name": "overhead 8k", "vocabulary": 8192, "method": "ReMax"},
+    {"name": "overhead 50k", "vocabulary": 50304, "method": "ReMax"},
+]
 __all__ = ["Phases"]  # the command line finds it here
 
 
@@ -41,17 +44,18 @@ def peer(case: dict[str, Any]) -> None:
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     for step in range(case["steps"]):
         batch = prompts[step * PROMPTS : (step + 1) * PROMPTS]
-        update(policy, optimizer, collect(policy, tokenizer, reference, batch, step))
+        sampling = Sampling(case["max_new_tokens"])
+        update(policy, optimizer, collect(policy, tokenizer, reference, batch, sampling, step))
         schedule.step()
         CLOCK.end_step()
 
 
-def collect(policy: Any, tokenizer: Any, reference: Any, prompts: list[str], step: int) -> Rollout:
+def collect(policy: Any, tokenizer: Any, reference: Any, prompts: list[str], sampling: Sampling, step: int) -> Rollout:
     """Sampled responses with rewards, baselines and log-probs of the reference."""
     ids, mask = left_pad([tokenizer(prompt)["input_ids"] for prompt in prompts], tokenizer.pad_token_id)
     inputs = {"prompt_ids": ids, "prompt_mask": mask, "prompt_index": torch.arange(PROMPTS) + step * PROMPTS}
     sampled, greedy = TransformersEngine().sample_and_greedy(
-        policy, inputs, Sampling(NEW_TOKENS), stop_token_ids=[tokenizer.eos_token_id], step=step
+        policy, inputs, sampling, stop_token_ids=[tokenizer.eos_token_id], step=step
     )
     texts = [tokenizer.batch_decode(each.response_ids, skip_special_tokens=True) for each in (sampled, greedy)]
     rewards, baselines = torch.tensor(distinct_words(prompts * 2, texts[0] + texts[1])).chunk(2)
@@ -100,7 +104,8 @@ def main() -> None:
         one_thread()
         print(json.dumps(work(arguments.case, {"peer": peer, "ours": ours}[arguments.worker])))
         return
-    cases = [run_case({**case, "steps": arguments.steps}, arguments.repeats) for case in CASES]
+    settings = {"steps": arguments.steps, "max_new_tokens": NEW_TOKENS}
+    cases = [run_case(case, arguments.repeats) for case in chosen(CASES, arguments, **settings)]
     conclude("overhead", cases, arguments.output)
 
 

@@ -53,7 +53,7 @@ from typing import Any
 
 import pandas
 import yaml
-from harness import one_thread, peak_mib
+from harness import TOY_DATA, TOY_HELP, one_thread, peak_mib
 from lightning.pytorch.profilers import Profiler
 from machine import machine
 from matplotlib.axes import Axes
@@ -167,13 +167,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
 
 
-def prepare(folder: Path, world: str) -> None:
-    """Toy data, SFT policy and reward model, in a folder."""
+def prepare(folder: Path, world: str, toy: bool = False) -> None:
+    """Data, SFT policy and reward model, in a folder."""
 
     def cli(*arguments: str) -> None:
         run_python(folder, str(ROOT / "cli.py"), *arguments)
 
-    cli("make-toy-data")
+    cli("make-toy-data", *(TOY_DATA if toy else ()))
     lengths: dict[str, list[str]] = {"sft": [], "reward_model": []}
     if world == "long":
         lengthen(folder / RUN / "data")
@@ -181,7 +181,8 @@ def prepare(folder: Path, world: str) -> None:
         lengths["reward_model"] = ["--data.max_prompt_length", str(prompt_length)]
         lengths["sft"] = [*lengths["reward_model"], "--model.sampling.max_new_tokens", str(response_length)]
     for stage, arguments in lengths.items():
-        cli("fit", "--config", str(CONFIGS / f"{stage}.yaml"), *arguments)
+        steps = ("--trainer.max_steps", "2") if toy else ()
+        cli("fit", "--config", str(CONFIGS / f"{stage}.yaml"), *arguments, *steps)
 
 
 def run_python(folder: Path, *arguments: str) -> str:
@@ -376,7 +377,7 @@ def draw_lines(axes: Axes, case: dict[str, Any], x: str, y: str, start: float | 
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prepare the data and models, and run all methods with all seeds in turn, each run in a process of its own."""
     if not (folder / RUN / "reward_model" / "hf").is_dir():
-        prepare(folder, arguments.world)
+        prepare(folder, arguments.world, arguments.toy)
     steps = arguments.steps
     interval = max(each for each in range(1, 21) if steps % each == 0)
     shared = {"world": arguments.world, "steps": steps, "interval": interval, "lr": arguments.lr}
@@ -390,15 +391,16 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(f"{kind} {method} {seed}: {json.dumps(last)}", flush=True)
         return {"seed": seed, **made}
 
-    plans = {name: run("plan", name, 0) for name in METHODS}
+    plans = {name: run("plan", name, 0) for name in arguments.methods}
     starts = [run("validate", "ReMax", seed) for seed in arguments.seeds]
-    runs = {(name, seed): run("fit", name, seed) for seed in arguments.seeds for name in METHODS}
+    runs = {(name, seed): run("fit", name, seed) for seed in arguments.seeds for name in arguments.methods}
     for made in plans.values():
         del made["seed"]
+    found = {name: [runs[name, seed] for seed in arguments.seeds] for name in arguments.methods}
     return {
         **shared,
         "sft": {key: spread(start[key] for start in starts) for key in starts[0] if key != "seed"},
-        "cases": [summarise(name, [runs[name, seed] for seed in arguments.seeds], plans[name]) for name in METHODS],
+        "cases": [summarise(name, each, plans[name]) for name, each in found.items()],
         "published": [dict(zip(("what", "figure", "where"), row, strict=True)) for row in PUBLISHED],
     }
 
@@ -408,6 +410,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=list(LENGTHS), default="quickstart")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--toy", action="store_true", help=f"data, SFT and reward model of {TOY_HELP}")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of every policy")
     parser.add_argument("--folder", type=Path, help="keep the runs here; data and models are created if missing")

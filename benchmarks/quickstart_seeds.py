@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from harness import TOY_DATA, TOY_HELP
 from machine import machine
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +23,7 @@ CONFIGS = ROOT / "configs" / "quickstart"
 KEYS = ("sft_gold_reward", "remax_gold_reward", "win_rate", "kl", "reward_model_accuracy", "seconds")
 
 
-def run_seed(seed: int, folder: Path) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path, toy: bool = False) -> dict[str, Any]:
     """The quickstart's commands, in a folder of their own; what summary.json says."""
     started_at = time.time()
 
@@ -32,8 +33,8 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
         with open(folder / "log.txt", "a") as log:
             subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
 
-    cli("make-toy-data", "--seed", str(seed))
-    seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
+    cli("make-toy-data", "--seed", str(seed), *(TOY_DATA if toy else ()))
+    seeds = ["--seed_everything", str(seed), "--data.seed", str(seed), *(("--trainer.max_steps", "2") if toy else ())]
     cli("fit", "--config", str(CONFIGS / "sft.yaml"), *seeds)
     cli("fit", "--config", str(CONFIGS / "reward_model.yaml"), *seeds)
     cli("fit", "--config", str(CONFIGS / "remax.yaml"), *seeds, "--model.seed", str(seed))
@@ -50,11 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--toy", action="store_true", help=TOY_HELP)
     arguments = parser.parse_args()
     rows = []
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append({"seed": seed, **run_seed(seed, Path(folder))})
+            rows.append({"seed": seed, **run_seed(seed, Path(folder), arguments.toy)})
             print(json.dumps(rows[-1]), flush=True)
     table = Table("seed", *KEYS)
     for row in rows:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import argument_parser, conclude, contend, measure, one_thread
+from harness import argument_parser, chosen, conclude, contend, measure, one_thread
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -125,7 +125,7 @@ def main() -> None:
         contender = {"peer": peer, "ours": ours}[arguments.worker]
         print(json.dumps(measure(lambda: contender(arguments.case), arguments.case["max_new_tokens"])))
         return
-    cases = [{**case, "max_new_tokens": arguments.max_new_tokens} for case in CASES]
+    cases = chosen(CASES, arguments, max_new_tokens=arguments.max_new_tokens)
     conclude("rollout", [contend(__file__, case, arguments.repeats) for case in cases], arguments.output)
 
 

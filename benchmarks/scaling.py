@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import one_thread, peak_mib
+from harness import TOY_HELP, one_thread, peak_mib
 from machine import machine
 from matplotlib import pyplot
 from rich.console import Console
@@ -46,8 +46,7 @@ from remax_lightning.rollout.types import ResponsesType
 PROMPT_LENGTH, MICRO_BATCH_TOKENS, KL_COEF = 64, 1024, 0.05
 BASE = {"prompts": 16, "length": 128, "vocabulary": 8192}
 AXES = {"prompts": [1, 4, 16, 64], "length": [32, 128, 512], "vocabulary": [8192, 32768, 152064]}
-POINTS = {axis: [{**BASE, axis: size} for size in sizes] for axis, sizes in AXES.items()}
-CORNER = {**BASE, "length": AXES["length"][-1], "vocabulary": AXES["vocabulary"][-1]}
+TOY_BASE, TOY_AXES = {"prompts": 2, "length": 16}, {"prompts": [2, 4], "length": [16, 32], "vocabulary": [8192, 16384]}
 PHASES = ("rollout", "reference", "update", "step")
 
 
@@ -124,6 +123,16 @@ def work(point: dict[str, int]) -> dict[str, Any]:
     return {**phases, "step": {"cpu_seconds": sum(seconds), "peak_mib": max(peaks)}}
 
 
+def points(axis: str) -> list[dict[str, int]]:
+    """The points along an axis."""
+    return [{**BASE, axis: size} for size in AXES[axis]]
+
+
+def corner() -> dict[str, int]:
+    """The longest responses and the largest vocabulary."""
+    return {**BASE, "length": AXES["length"][-1], "vocabulary": AXES["vocabulary"][-1]}
+
+
 def run(point: dict[str, int]) -> dict[str, Any]:
     """A point in a process of its own."""
     with ProcessPoolExecutor(1, get_context("fork"), initializer=one_thread) as pool:
@@ -137,7 +146,7 @@ def line_of(cases: list[dict[str, Any]], *points: dict[str, int]) -> list[dict[s
 
 def exponents(cases: list[dict[str, Any]], axis: str) -> dict[str, list[float]]:
     """How seconds and memory grow along an axis: between its ends, and between its last two points."""
-    growth, line = {}, line_of(cases, *POINTS[axis])
+    growth, line = {}, line_of(cases, *points(axis))
     for phase, figure in ((phase, figure) for phase in PHASES for figure in ("cpu_seconds", "peak_mib")):
         *logs, (x, y) = [(math.log(case[axis]), math.log(case[phase][figure])) for case in line]
         growth[f"{phase}, {figure}"] = [(y - logs[start][1]) / (x - logs[start][0]) for start in (0, -1)]
@@ -146,29 +155,29 @@ def exponents(cases: list[dict[str, Any]], axis: str) -> dict[str, list[float]]:
 
 def check_corner(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Memory of the corner against that of the two ends which it combines, apart and less the base they share, MiB."""
-    corners = line_of(cases, CORNER, POINTS["vocabulary"][-1], POINTS["length"][-1], BASE)
-    corner, *ends, base = (case["step"]["peak_mib"] for case in corners)
-    parts = {"ends_mib": ends, "is_below_both_ends": corner < sum(ends), "additive_mib": sum(ends) - base}
-    return {"peak_mib": corner, **parts, "all_logits_mib": math.prod(CORNER.values()) * 4 / 2**20}
+    corners = line_of(cases, corner(), points("vocabulary")[-1], points("length")[-1], BASE)
+    peak, *ends, base = (case["step"]["peak_mib"] for case in corners)
+    parts = {"ends_mib": ends, "is_below_both_ends": peak < sum(ends), "additive_mib": sum(ends) - base}
+    return {"peak_mib": peak, **parts, "all_logits_mib": math.prod(corner().values()) * 4 / 2**20}
 
 
 def tables(cases: list[dict[str, Any]], growth: dict[str, Any]) -> list[Table]:
     """The points, and the exponents of each axis."""
-    points = Table(*BASE, *PHASES, title="CPU seconds (peak MiB)")
+    measured = Table(*BASE, *PHASES, title="CPU seconds (peak MiB)")
     for case in cases:
         figures = (f"{case[phase]['cpu_seconds']:.2f} ({case[phase]['peak_mib']:.0f})" for phase in PHASES)
-        points.add_row(*(str(case[axis]) for axis in BASE), *figures)
+        measured.add_row(*(str(case[axis]) for axis in BASE), *figures)
     slopes = Table("exponent in", *growth, title="between the ends (the last two points)")
     for name in growth["prompts"]:
         slopes.add_row(name, *("{:.2f} ({:.2f})".format(*growth[axis][name]) for axis in growth))
-    return [points, slopes]
+    return [measured, slopes]
 
 
 def plot(cases: list[dict[str, Any]], path: Path) -> None:
     """Seconds and peak memory of each phase along each axis."""
     figure, panels = pyplot.subplots(1, len(AXES), figsize=(13, 4), layout="constrained")
     for panel, axis in zip(panels, AXES, strict=True):
-        memory, line = panel.twinx(), line_of(cases, *POINTS[axis])
+        memory, line = panel.twinx(), line_of(cases, *points(axis))
         for phase in PHASES[:-1]:
             panel.loglog(AXES[axis], [each[phase]["cpu_seconds"] for each in line], "o-", label=phase)
             memory.loglog(AXES[axis], [each[phase]["peak_mib"] for each in line], "s--")
@@ -184,12 +193,17 @@ def main() -> None:
     """Run all points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON; the plot is written beside it")
+    parser.add_argument("--toy", action="store_true", help=TOY_HELP)
     arguments = parser.parse_args()
-    cases = [run(dict(point)) for point in sorted({tuple(each.items()) for each in sum(POINTS.values(), [CORNER])})]
-    growth, corner = {axis: exponents(cases, axis) for axis in AXES}, check_corner(cases)
-    Console().print(*tables(cases, growth), corner)
+    if arguments.toy:
+        BASE.update(TOY_BASE)
+        AXES.update(TOY_AXES)
+    all_points = {tuple(each.items()) for each in [corner(), *(each for axis in AXES for each in points(axis))]}
+    cases = [run(dict(point)) for point in sorted(all_points)]
+    growth, of_corner = {axis: exponents(cases, axis) for axis in AXES}, check_corner(cases)
+    Console().print(*tables(cases, growth), of_corner)
     result = {"name": "scaling", "command": " ".join(["python", *sys.argv]), **machine(), "threads": 1, "cases": cases}
-    print(json.dumps(result := result | {"exponents": growth, "corner": corner}))
+    print(json.dumps(result := result | {"exponents": growth, "corner": of_corner}))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         plot(cases, arguments.output.with_suffix(".png"))

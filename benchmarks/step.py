@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from harness import argument_parser, conclude, contend, one_thread, peak_mib
+from harness import argument_parser, chosen, conclude, contend, one_thread, peak_mib
 from lightning.pytorch.profilers import Profiler
 from rich.console import Console
 from rich.table import Table
@@ -195,7 +195,10 @@ def our_config(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             "init_args": {
                 "policy": {"path": str(folder / "model")},
                 "reward": {"class_path": "FunctionReward", "init_args": {"function": "__main__.distinct_words"}},
-                "sampling": {"max_new_tokens": NEW_TOKENS, "num_samples": 2 if case["method"] == "RLOO" else 1},
+                "sampling": {
+                    "max_new_tokens": case["max_new_tokens"],
+                    "num_samples": 2 if case["method"] == "RLOO" else 1,
+                },
                 "kl_coef": KL_COEF,
                 "micro_batch_size": case.get("micro_batch_size"),
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": OPTIMIZER},
@@ -237,7 +240,7 @@ def rloo_config(case: dict[str, Any], folder: Path) -> Any:
         num_iterations=1,
         per_device_train_batch_size=case["micro_batch_size"],
         gradient_accumulation_steps=2 * PROMPTS // case["micro_batch_size"],
-        max_completion_length=NEW_TOKENS,
+        max_completion_length=case["max_new_tokens"],
         beta=KL_COEF,
         learning_rate=OPTIMIZER["lr"],
         adam_beta1=OPTIMIZER["betas"][0],
@@ -393,8 +396,8 @@ def main() -> None:
         one_thread()
         print(json.dumps(work(arguments.case, {"peer": peer, "ours": ours}[arguments.worker])))
         return
-    settings = {"steps": arguments.steps, "micro_batch_size": arguments.micro_batch_size}
-    cases = [run_case({**case, **settings}, arguments.repeats) for case in CASES]
+    settings = {"steps": arguments.steps, "micro_batch_size": arguments.micro_batch_size, "max_new_tokens": NEW_TOKENS}
+    cases = [run_case(case, arguments.repeats) for case in chosen(CASES, arguments, **settings)]
     Console().print(phase_table(cases))
     conclude("step", cases, arguments.output, packages=("trl",))
 

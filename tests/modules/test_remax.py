@@ -210,7 +210,7 @@ def test_kl_is_that_of_the_sampled_responses(policy: str, other: str, tmp_path: 
 
 def test_win_rate_of_the_unchanged_policy_is_one_half_and_validation_repeats(policy: str, tmp_path: Path) -> None:
     data = tiny.prompt_data(tmp_path)
-    data.sources["validation"] = data.sources["train"]
+    data.validation = data.train
     module = tiny.remax(policy, kl_coef=0.1)
     trainer = tiny.trainer(tmp_path)
     first = trainer.validate(module, data, verbose=False)[0]
@@ -226,7 +226,7 @@ def test_validation_does_not_depend_on_the_batch_size(policy: str, other: str, t
     results = []
     for size in (1, 2, 5):
         data = tiny.prompt_data(tmp_path, eval_batch_size=size)
-        data.sources["validation"] = data.sources["train"]
+        data.validation = data.train
         module = tiny.remax(policy, kl_coef=0.1, reference=ModelSource(path=other), micro_batch_size=2)
         results.append(tiny.trainer(tmp_path).validate(module, data, verbose=False)[0])
     for result in results[1:]:
@@ -237,7 +237,7 @@ def test_the_judge_decides_who_wins(policy: str, other: str, tmp_path: Path) -> 
     results = {}
     for judge in ("halves", "constant", None):
         data = tiny.prompt_data(tmp_path)
-        data.sources["validation"] = data.sources["train"]
+        data.validation = data.train
         chosen = None if judge is None else FunctionReward(f"reward_functions.{judge}")
         module = tiny.remax(policy, kl_coef=0.1, reference=ModelSource(path=other), judge=chosen)
         results[judge] = tiny.trainer(tmp_path).validate(module, data, verbose=False)[0]
@@ -259,7 +259,7 @@ def test_test_rows_hold_both_policies(policy: str, other: str, tmp_path: Path) -
         policy, kl_coef=0.1, reference=ModelSource(path=other), judge=FunctionReward("reward_functions.halves")
     )
     data = tiny.prompt_data(tmp_path, [{"prompt": prompt, "answer": "x"} for prompt in PROMPTS])
-    data.sources["test"] = data.sources["train"]
+    data.test = data.train
     data.eval_batch_size = 3
     recorder = Rows()
     result = tiny.trainer(tmp_path, callbacks=[recorder]).test(module, data, verbose=False)[0]
@@ -279,9 +279,9 @@ def test_test_rows_hold_both_policies(policy: str, other: str, tmp_path: Path) -
 def test_the_reference_answers_the_test_prompts_after_a_validation(policy: str, other: str, tmp_path: Path) -> None:
     module = tiny.remax(policy, kl_coef=0.1, reference=ModelSource(path=other))
     data = tiny.prompt_data(tmp_path)
-    data.sources["validation"] = data.sources["train"]
+    data.validation = data.train
     fresh = tiny.prompt_data(tmp_path, [{"prompt": "Another"}, {"prompt": "Something else"}])
-    fresh.sources["test"] = fresh.sources["train"]
+    fresh.test = fresh.train
     trainer = tiny.trainer(tmp_path)
     expected = trainer.test(tiny.remax(policy, kl_coef=0.1, reference=ModelSource(path=other)), fresh, verbose=False)
     trainer.validate(module, data, verbose=False)
@@ -295,7 +295,7 @@ def test_the_reference_answers_the_test_prompts_after_a_validation(policy: str, 
 
 def test_predict_gives_a_sampled_and_the_greedy_response(policy: str, tmp_path: Path) -> None:
     data = tiny.prompt_data(tmp_path)
-    data.sources["predict"] = data.sources["train"]
+    data.predict = data.train
     predictions = tiny.trainer(tmp_path).predict(tiny.remax(policy), data)
     model, words = AutoModelForCausalLM.from_pretrained(policy).eval(), AutoTokenizer.from_pretrained(policy)
     assert predictions is not None

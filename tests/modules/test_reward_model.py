@@ -90,7 +90,7 @@ def test_separable_pairs_are_learned_from_a_language_model(tmp_path: Path) -> No
         max_grad_norm=1.0,
     )
     data = preferences(tmp_path, SEPARABLE)
-    data.sources["validation"] = data.sources["train"]
+    data.validation = data.train
     history = tiny.fit(module, data, tmp_path, steps=20)
     assert history["train/accuracy"][-1] == 1.0
     assert history["train/loss"][-1] < 0.1
@@ -104,7 +104,7 @@ def test_validation_does_not_depend_on_the_batch_size(scored: str, tmp_path: Pat
     margins, loss, _ = by_hand(scored)
     for size in (1, 2, 3):
         data = preferences(tmp_path, eval_batch_size=size)
-        data.sources["validation"] = data.sources["train"]
+        data.validation = data.train
         result = tiny.trainer(tmp_path).validate(reward_model(scored), data, verbose=False)[0]
         assert result["val/loss"] == pytest.approx(loss, abs=1e-4)
         assert result["val/margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
@@ -120,7 +120,7 @@ def test_ties_count_one_half(tmp_path: Path, scored: str) -> None:
 
 def test_predict_gives_a_row_for_each_pair(scored: str, tmp_path: Path) -> None:
     data = preferences(tmp_path, eval_batch_size=2)
-    data.sources["predict"] = data.sources["train"]
+    data.predict = data.train
     predictions = tiny.trainer(tmp_path).predict(reward_model(scored), data)
     assert predictions is not None
     rows = [row for batch in predictions for row in batch]

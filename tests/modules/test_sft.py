@@ -90,7 +90,7 @@ def test_validation_loss_is_the_mean_over_tokens(policy: str, tmp_path: Path) ->
     expected = float(by_hand(policy)[0])
     for size in (1, 2, 3):
         data = demonstrations(tmp_path, eval_batch_size=size)
-        data.sources["validation"] = data.sources["test"] = data.sources["train"]
+        data.validation = data.test = data.train
         trainer = tiny.trainer(tmp_path)
         assert trainer.validate(sft(policy), data, verbose=False) == [{"val/loss": pytest.approx(expected, abs=1e-4)}]
         assert trainer.test(sft(policy), data, verbose=False) == [{"test/loss": pytest.approx(expected, abs=1e-4)}]
@@ -104,7 +104,7 @@ def test_metrics(policy: str, tmp_path: Path) -> None:
 
 def test_predict_responds_to_prompts(policy: str, tmp_path: Path) -> None:
     data = tiny.prompt_data(tmp_path)
-    data.sources["predict"] = data.sources["train"]
+    data.predict = data.train
     predictions = tiny.trainer(tmp_path).predict(sft(policy, sampling=Sampling(6)), data)
     assert predictions is not None
     rows = [row for batch in predictions for row in batch]

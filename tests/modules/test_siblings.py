@@ -237,7 +237,8 @@ def test_minibatches_have_another_order_at_each_step(policy: str, tmp_path: Path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_module, "minibatches", recorded)
-        tiny.fit(ppo(policy, num_minibatches=2, num_epochs=2), tiny.prompt_data(tmp_path), tmp_path, steps=12)
+        module = ppo(policy, num_minibatches=2, num_epochs=2, optimizer=tiny.sgd(0.05))
+        tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=12)
     assert len(asked) == 6  # two epochs of three batches
     assert len({str(each) for each in asked}) > 3
 
