@@ -4,6 +4,9 @@ The models are saved once for the whole run: a test that writes into such a fold
 """
 
 import os
+
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets tells the hub of each local file that it reads, and waits
+
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
