@@ -248,6 +248,9 @@ def saving(folder: Path, world: int, lora: LoRA | None = None, **options: Any) -
     found = fit(module, data, run, world, steps=6, callbacks=callbacks, **options)
     own = trainer(run, world, **options)
     found["validation"] = own.validate(module, datamodule=data, verbose=False)[0]
+    path = run / "checkpoints" / "step=6.ckpt"
+    fresh, evaluation = remax(folder, optimizer=adam, lora=lora), trainer(run, world, **options)
+    found["validation of it"] = evaluation.validate(fresh, datamodule=data, ckpt_path=path, verbose=False)[0]
     found["predictions"] = [row for batch in own.predict(module, datamodule=data) or [] for row in batch]
     return found
 
@@ -575,7 +578,25 @@ def verifying(folder: Path, world: int) -> Results:
         )
     except ValueError as error:
         found["message"] = str(error)
+    found["flipped"] = flipped_bit(folder, world)
     return found
+
+
+def flipped_bit(folder: Path, world: int) -> str:
+    """What all ranks say of a folder in which one bit of a shard of rank 1 is flipped."""
+    path = folder / "flipped" / "step=6.ckpt"
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "saving2" / "checkpoints" / "step=6.ckpt", path)
+        shutil.copy(folder / "saving2" / "checkpoints" / "step=6.ckpt.json", path.parent)
+        content = bytearray((path / "__1_0.distcp").read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / "__1_0.distcp").write_bytes(content)
+    dist.barrier()
+    try:
+        trainer(folder, world).validate(remax(folder), datamodule=prompts(folder, world), ckpt_path=path)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def agreed_rewards(folder: Path, world: int) -> Results:
