@@ -523,9 +523,10 @@ def background_error(folder: Path, world: int) -> Results:
 
 def awaited(folder: Path, world: int) -> Results:
     """What is there when training ends while a save is in the background, for three reasons to end."""
-    found = Results()
+    found, opened = Results(), threading.Event()
 
     def stop() -> None:
+        threading.Timer(1, opened.set).start()  # the save cannot end before the error
         raise KeyError("in a step")
 
     for name, steps, callback in (
@@ -536,7 +537,7 @@ def awaited(folder: Path, world: int) -> Results:
         run = folder / "awaited" / name
         with Gate() as gate, suppress(SystemExit, KeyError):
             gate.event.set()
-            gate.before = partial(time.sleep, 0.3)
+            gate.before = partial(opened.wait, 60) if name == "raised" else partial(time.sleep, 0.3)
             saves = Checkpoint(str(run), every_n_train_steps=2, async_save=True)
             own = trainer(run, world, steps=steps, callbacks=[callback, saves])
             own.fit(remax(folder), datamodule=prompts(folder, world))
