@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 
 class Terminated(SystemExit):
@@ -75,5 +76,5 @@ class SigtermGuard:
 def end_children(trainer: Trainer) -> None:
     """Kill the ranks that Lightning has launched; they may wait for this one forever."""
     launcher = trainer.strategy.launcher
-    if hasattr(launcher, "procs"):
-        launcher.kill(signal.SIGKILL)  # type: ignore[union-attr]
+    if isinstance(launcher, _MultiProcessingLauncher | _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGKILL)

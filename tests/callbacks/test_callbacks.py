@@ -17,7 +17,7 @@ def fit(policy: str, root: Path, steps: int, callback: Callback, ckpt_path: str 
     module = tiny.remax(policy, optimizer=tiny.adam())
     root.mkdir(exist_ok=True)
     data = tiny.prompt_data(root, batch_size=2)
-    data.sources["validation"] = data.sources["train"]
+    data.validation = data.train
     trainer = tiny.trainer(root, steps, [callback], enable_checkpointing=isinstance(callback, Checkpoint), **options)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module
@@ -57,7 +57,7 @@ def test_no_export(policy: str, tmp_path: Path, enabled: bool, options: dict[str
 
 def test_no_export_without_a_fit(policy: str, tmp_path: Path) -> None:
     data = tiny.prompt_data(tmp_path)
-    data.sources["validation"] = data.sources["train"]
+    data.validation = data.train
     tiny.trainer(tmp_path, callbacks=[HFExport()]).validate(tiny.remax(policy), data, verbose=False)
     assert "hf" not in names(tmp_path)
 
@@ -128,7 +128,7 @@ def test_monitor_and_mode_choose_the_best(policy: str, tmp_path: Path) -> None:
         checkpoint = Checkpoint(dirpath=str(tmp_path / f"{monitor}{mode}"), monitor=monitor, mode=mode, keep_last=1)
         module = tiny.remax(policy, optimizer=tiny.adam())
         data = tiny.prompt_data(tmp_path, batch_size=2)
-        data.sources["validation"] = data.sources["train"]
+        data.validation = data.train
         trainer = tiny.trainer(tmp_path, 5, [Scores(), checkpoint], enable_checkpointing=True, **validate)
         trainer.fit(module, datamodule=data)
         assert len(set(scores.values())) == 5
@@ -150,7 +150,7 @@ def test_save_weights_only(policy: str, tmp_path: Path) -> None:
 def written(folder: Path, policy: str, stage: str, **options: Any) -> list[dict[str, Any]]:
     rows = [{"prompt": prompt, "answer": "é"} for prompt in tiny.PROMPTS]
     data = tiny.prompt_data(folder, rows, eval_batch_size=2)
-    data.sources["test"] = data.sources["predict"] = data.sources["train"]
+    data.test = data.predict = data.train
     module = tiny.remax(policy, kl_coef=0.1, reference=ModelSource(path=policy))
     trainer = tiny.trainer(folder, callbacks=[ResponseWriter(**options)])
     getattr(trainer, stage)(module, datamodule=data)
@@ -185,7 +185,7 @@ def test_rows_written_before_an_error_are_kept(policy: str, tmp_path: Path) -> N
                 raise RuntimeError("stop")
 
     data = tiny.prompt_data(tmp_path, eval_batch_size=2)
-    data.sources["predict"] = data.sources["train"]
+    data.predict = data.train
     writer = ResponseWriter()
     with pytest.raises(RuntimeError, match="stop"):
         tiny.trainer(tmp_path, callbacks=[writer, Stop()]).predict(tiny.remax(policy), data)

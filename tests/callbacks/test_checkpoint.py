@@ -317,7 +317,7 @@ def test_a_file_is_not_saved_in_the_background(tmp_path: Path) -> None:
 def test_last_and_best_in_python(tmp_path: Path) -> None:
     policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
     data = tiny.prompt_data(tmp_path, batch_size=2)
-    data.sources["test"] = data.sources["validation"] = data.sources["train"]
+    data.test = data.validation = data.train
 
     def trainer(steps: int = 4) -> Any:
         saves = Checkpoint(dirpath=str(folder), save_top_k=-1)
@@ -352,7 +352,7 @@ def test_the_score_of_a_validation_is_recorded(interval: int | None, tmp_path: P
         options: dict[str, Any] = {"val_check_interval": 1, "check_val_every_n_epoch": None}
         trainer = tiny.trainer(tmp_path, 3, [*callbacks, saves], enable_checkpointing=True, **options)
         data = tiny.prompt_data(tmp_path, batch_size=2)
-        data.sources["validation"] = data.sources["train"]
+        data.validation = data.train
         with contextlib.suppress(KeyError):
             trainer.fit(tiny.remax(policy, optimizer=tiny.adam()), datamodule=data, ckpt_path="last")
         return {path.name: manifest.scores.get("val/reward", math.nan) for path, manifest in manifests(folder)}

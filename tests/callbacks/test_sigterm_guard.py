@@ -42,7 +42,7 @@ class Signals(Callback):
 def fit(policy: str, folder: Path, callback: Callback | None = None, *, patch: Any = None, **options: Any) -> Any:
     module = tiny.remax(policy, optimizer=tiny.adam())
     data = tiny.prompt_data(folder.parent, batch_size=2)
-    data.sources["validation"] = data.sources["train"]
+    data.validation = data.train
     if patch is not None:
         patch(module)
     saver = Checkpoint(dirpath=str(folder))
