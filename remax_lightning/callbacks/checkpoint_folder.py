@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from remax_lightning.callbacks.manifest import Files, UnusableCheckpoint
+from remax_lightning.callbacks.manifest import METADATA_FILE, Files, UnusableCheckpoint
 from remax_lightning.callbacks.synced_file import size_and_digest, write_synced
 from remax_lightning.models.optimizer_state import keyed_by_index
 
 NON_TENSOR_FILE = "rest.pt"
-METADATA_FILE = ".metadata"  # torch renames it to this when all shards are written and synced
 
 
 def sharded_tensors(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +95,8 @@ def load_folder(folder: Path, state: dict[str, Any], optimizer_states: list[dict
     Args:
         folder: The checkpoint.
         state: The model's state, sharded as the model is.
-        optimizer_states: The optimizers' states, sharded as the model is, by the names of parameters.
+        optimizer_states: The optimizers' states, sharded as the model is, by the names of parameters; none for an
+            evaluation.
 
     Returns:
         The optimizers' states with what is not a tensor.
@@ -106,7 +106,7 @@ def load_folder(folder: Path, state: dict[str, Any], optimizer_states: list[dict
     """
     _load({"state_dict": state, **_tensors(optimizer_states)}, PlainReader(folder))
     saved = _read_non_tensors(folder)["optimizers"]
-    return [_joined(others, state["state"]) for others, state in zip(saved, optimizer_states, strict=True)]
+    return [_joined(others, state["state"]) for others, state in zip(saved, optimizer_states, strict=False)]
 
 
 def _load(values: dict[str, Any], reader: "PlainReader", *, no_dist: bool = False) -> None:
@@ -115,7 +115,7 @@ def _load(values: dict[str, Any], reader: "PlainReader", *, no_dist: bool = Fals
     except CheckpointException as error:  # which is a BaseException
         reason = str(error).strip().splitlines()[-1]
         raise UnusableCheckpoint(
-            f"the checkpoint {reader.path} cannot be read ({reason}); give another one, or last for the newest"
+            f"the checkpoint {reader.path} cannot be read ({reason}); give an earlier one"
         ) from error
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.callbacks.manifest import (
     MAIN_METRICS,
+    METADATA_FILE,
     SUFFIX,
     UnusableCheckpoint,
     best_first,
@@ -114,16 +115,20 @@ def verified(path: str | Path) -> Path:
         UnusableCheckpoint: If it is corrupt.
     """
     path = Path(path)
-    newest = newest_complete(path) if path.is_dir() and path.suffix != SUFFIX else path
-    if newest is None or not newest.exists():
+    if path.is_dir() and path.suffix != SUFFIX and not (path / METADATA_FILE).exists():
+        newest = newest_complete(path)
+        if newest is None:
+            raise FileNotFoundError(f"there is no checkpoint in {path}; give another folder, or a checkpoint")
+        rank_zero_info(f"the newest complete checkpoint in {path} is {newest.name}")
+        return newest
+    if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; give an existing one, or last for the newest")
-    manifest = read_manifest(newest)
-    reason = integrity_error(path, manifest) if newest == path and manifest is not None else None
-    if reason is not None:
+    manifest = read_manifest(path)
+    if manifest is not None and (reason := integrity_error(path, manifest)) is not None:
         raise UnusableCheckpoint(
             f"the checkpoint {path} is corrupt: {reason}; give another one, or last for the newest complete one"
         )
-    return newest
+    return path
 
 
 def check_ranks_agree(path: str | None) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX as SHARD_SUFF
 from remax_lightning.callbacks.synced_file import size_and_digest, sync_folder, write_synced
 
 SUFFIX, MANIFEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".json", ".partial"
+METADATA_FILE = ".metadata"  # torch gives it this name when all shards of a folder are written and synced
 # the metric of each kind of module that says how good its model is, and whether more or less of it is better;
 # the first one that is logged counts
 MAIN_METRICS = {"val/reward": "max", "val/accuracy": "max", "val/loss": "min"}
@@ -127,8 +128,9 @@ def best_first(entries: list[Entry], monitor: str | None, mode: str) -> list[Pat
 def folder_digest(files: Files) -> tuple[int, str]:
     """Size in bytes and digest of a sharded folder.
 
-    Shards count with their names and sizes, so that no checkpoint has to be read back after it is written; their
-    content is checked when it is read, by the checksums of torch's format (see ``PlainReader``).
+    Shards count with their names and sizes, so that no checkpoint is read back after it is written, or read twice when
+    it is loaded. A flipped bit in a shard is thus not seen here, and ``last`` does not skip such a folder: loading it
+    fails by the checksums of torch's format (see ``PlainReader``), and an earlier checkpoint must be named.
 
     Args:
         files: Of each shard the size, twice; of the other files size and digest.

@@ -76,5 +76,5 @@ class SigtermGuard:
 def end_children(trainer: Trainer) -> None:
     """Kill the ranks that Lightning has launched; they may wait for this one forever."""
     launcher = trainer.strategy.launcher
-    if isinstance(launcher, (_MultiProcessingLauncher, _SubprocessScriptLauncher)):
+    if isinstance(launcher, _MultiProcessingLauncher | _SubprocessScriptLauncher):
         launcher.kill(signal.SIGKILL)

@@ -226,6 +226,9 @@ def test_a_folder_of_checkpoints_means_its_newest_complete_one(tmp_path: Path) -
         assert SafeCheckpointIO().load_checkpoint(tmp_path)["read_from"] == str(older)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint "):
         verified(tmp_path.parent / "other")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in "):
+        verified(tmp_path / "empty")
 
 
 def scored(folder: Path, *scores: dict[str, float], run: str = "") -> list[Path]:

@@ -248,6 +248,9 @@ def saving(folder: Path, world: int, lora: LoRA | None = None, **options: Any) -
     found = fit(module, data, run, world, steps=6, callbacks=callbacks, **options)
     own = trainer(run, world, **options)
     found["validation"] = own.validate(module, datamodule=data, verbose=False)[0]
+    path = run / "checkpoints" / "step=6.ckpt"
+    fresh, evaluation = remax(folder, optimizer=adam, lora=lora), trainer(run, world, **options)
+    found["validation of it"] = evaluation.validate(fresh, datamodule=data, ckpt_path=path, verbose=False)[0]
     found["predictions"] = [row for batch in own.predict(module, datamodule=data) or [] for row in batch]
     return found
 
@@ -520,9 +523,10 @@ def background_error(folder: Path, world: int) -> Results:
 
 def awaited(folder: Path, world: int) -> Results:
     """What is there when training ends while a save is in the background, for three reasons to end."""
-    found = Results()
+    found, opened = Results(), threading.Event()
 
     def stop() -> None:
+        threading.Timer(1, opened.set).start()  # the save cannot end before the error
         raise KeyError("in a step")
 
     for name, steps, callback in (
@@ -533,7 +537,7 @@ def awaited(folder: Path, world: int) -> Results:
         run = folder / "awaited" / name
         with Gate() as gate, suppress(SystemExit, KeyError):
             gate.event.set()
-            gate.before = partial(time.sleep, 0.3)
+            gate.before = partial(opened.wait, 60) if name == "raised" else partial(time.sleep, 0.3)
             saves = Checkpoint(str(run), every_n_train_steps=2, async_save=True)
             own = trainer(run, world, steps=steps, callbacks=[callback, saves])
             own.fit(remax(folder), datamodule=prompts(folder, world))
@@ -575,7 +579,26 @@ def verifying(folder: Path, world: int) -> Results:
         )
     except ValueError as error:
         found["message"] = str(error)
+    found["flipped"] = flipped_bit(folder, world)
     return found
+
+
+def flipped_bit(folder: Path, world: int) -> str:
+    """What all ranks say of a folder in which one bit of a shard of rank 1 is flipped."""
+    path = folder / "flipped" / "step=6.ckpt"
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "saving2" / "checkpoints" / "step=6.ckpt", path)
+        shutil.copy(folder / "saving2" / "checkpoints" / "step=6.ckpt.json", path.parent)
+        content = bytearray((path / "__1_0.distcp").read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / "__1_0.distcp").write_bytes(content)
+    dist.barrier()
+    try:
+        module, data = remax(folder, optimizer=adam), prompts(folder, world)
+        trainer(folder, world).fit(module, datamodule=data, ckpt_path=path)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def agreed_rewards(folder: Path, world: int) -> Results:

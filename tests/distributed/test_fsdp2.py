@@ -149,6 +149,12 @@ def test_two_processes_go_on_from_one(one: dict[str, Any], two: list[dict[str, A
     tiny.assert_close(two[0]["resumed_from_one"]["weights"], one["saving"]["weights"], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["", "_lora", "_file"])
+def test_a_checkpoint_is_validated_as_the_live_model_was(name: str, two: list[dict[str, Any]]) -> None:
+    for found in (each[f"saving{name}"] for each in two):
+        assert found["validation of it"] == pytest.approx(found["validation"], abs=1e-6)
+
+
 def test_a_checkpoint_has_what_is_trained(folder: Path, two: list[dict[str, Any]]) -> None:
     whole, adapters = (
         read_checkpoint(folder / f"saving2{name}" / "checkpoints" / "step=6.ckpt") for name in ("", "_lora")
@@ -245,6 +251,7 @@ def test_rank_0_alone_verifies_and_all_ranks_read_the_same(two: list[dict[str, A
         assert found["read"] == "step=3.ckpt"
         assert found["steps"] == 3
         assert "has no complete checkpoint" in found["message"]
+        assert "step=6.ckpt cannot be read (ValueError: __1_0.distcp is not what was written)" in found["flipped"]
 
 
 def test_bfloat16_is_announced_once(two: list[dict[str, Any]]) -> None:
@@ -287,13 +294,13 @@ def test_other_strategies_are_refused(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(tmp_path / "config.yaml"), "--trainer.strategy", name])
-    assert f"trainer.strategy must be auto, ddp or fsdp2, got {name}; to split a model" in capsys.readouterr().err
+    assert f"trainer.strategy must be auto, ddp or fsdp2, got {name}; to shard a model" in capsys.readouterr().err
 
 
 def test_a_strategy_given_as_an_object_is_refused_too(folder: Path) -> None:
     module = scenarios.remax(folder)
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(), precision="32-true")
-    with pytest.raises(ValueError, match="must be auto, ddp or fsdp2, got SimpleNamespace; to split a model"):
+    with pytest.raises(ValueError, match="must be auto, ddp or fsdp2, got SimpleNamespace; to shard a model"):
         module.setup("fit")
 
 
