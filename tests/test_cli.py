@@ -384,6 +384,8 @@ def test_sub_commands_are_there() -> None:
     text = printed("--help")
     for name in ("fit", "validate", "test", "predict", "export", "world", "report"):
         assert name in text
+    assert "REMAX_TRACEBACK=1" in text
+    assert "--print_completion" in text
     assert "--output_dir" in printed("world", "--help")
     assert "--responses" in printed("report", "--help")
     assert "--output_dir" in printed("export", "--help")
