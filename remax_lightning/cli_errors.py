@@ -69,7 +69,8 @@ def sentence(error: BaseException) -> str | None:
 
 def _place(error: BaseException) -> str:
     """Where the user's code raised an error: the last file that belongs to no package and not to Python."""
-    installed = (*sysconfig.get_paths().values(), os.path.dirname(__file__))
+    paths = sysconfig.get_paths()
+    installed = (*(paths[name] for name in ("stdlib", "purelib", "platlib")), os.path.dirname(__file__))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(installed)]
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
@@ -178,7 +179,7 @@ def _not_primitive(match: re.Match[str], key: str, value: str) -> str | None:
 
 def _value(match: re.Match[str]) -> str:
     """The value that a reason is about."""
-    value = re.findall(r"(?:Got value:|Given value:) (.*)", match.string)[0]
+    value = next(iter(re.findall(r"(?:Got value:|Given value:) (.*)", match.string)), "")
     nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", value)
     return nested[1].strip("'") if nested else value
 
@@ -291,7 +292,7 @@ def _concrete(base: type) -> Iterator[type]:
     package = sys.modules.get(base.__module__.rpartition(".")[0] or base.__module__)
     members = (inspect.getattr_static(base, name) for name in dir(base))
     is_abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
-    if not is_abstract and vars(package).get(base.__name__) is base:
+    if not is_abstract and package is not None and vars(package).get(base.__name__) is base:
         yield base
     subclasses: list[type] = type.__subclasses__(base)
     for subclass in subclasses:

@@ -230,13 +230,13 @@ def test_other_strategies_are_refused(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(tmp_path / "config.yaml"), "--trainer.strategy", name])
-    assert f"trainer.strategy must be auto, ddp or fsdp2, got {name}; to split a model" in capsys.readouterr().err
+    assert f"trainer.strategy must be auto, ddp or fsdp2, got {name}; to shard a model" in capsys.readouterr().err
 
 
 def test_a_strategy_given_as_an_object_is_refused_too(folder: Path) -> None:
     module = scenarios.remax(folder)
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(), precision="32-true")
-    with pytest.raises(ValueError, match="must be auto, ddp or fsdp2, got SimpleNamespace; to split a model"):
+    with pytest.raises(ValueError, match="must be auto, ddp or fsdp2, got SimpleNamespace; to shard a model"):
         module.setup("fit")
 
 
