@@ -289,7 +289,7 @@ def one_step(case: dict[str, Any], engine: TransformersEngine, state: State) -> 
             add_ppo_gradients(state, made["rollout"], tokens)
 
     seconds = {"values": 0.0}
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):  # as Lightning has it
         seconds["rollout"], seconds["reference"] = seconds_of(rollout), seconds_of(score)
         if state.value is not None:
             seconds["values"] = seconds_of(expect)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from datasets import Dataset, IterableDataset
 from jsonargparse import auto_cli, set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
@@ -18,28 +19,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax_lightning import data, modules, rewards, rollout, strategies  # noqa: F401 (known by short names)
 from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck, StepBar
-from remax_lightning.callbacks.hf_export import export_module
+from remax_lightning.callbacks.find_checkpoint import checkpoint_folder, verified
+from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import check_model, flat
-from remax_lightning.callbacks.safe_checkpoint_io import check_complete, newest_complete, read_checkpoint
+from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
 from remax_lightning.cli_errors import TRACEBACK, nearest, refuse, sentence, shows_traceback
-from remax_lightning.data.toy import write_world
+from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.plan import print_plan
 from remax_lightning.rewards import RewardFunction
 
+FUNCTIONS: dict[str, Any] = {"make-toy-data": make_toy_data, "report": report}
 
-def refuse_python_object(value: object) -> Any:
-    """Refuse a value for what only Python code can give, such as a loaded model."""
+
+def refuse_python_only(value: object) -> str:
+    """Refuse a value of a type that the command line cannot give, such as a loaded model.
+
+    Raises:
+        ValueError: Always.
+    """
     raise ValueError(f"only Python code can give an object here, got {value!r}")
 
 
-# what only Python code can give; on the command line no class of these is looked for
-for python_type in (PreTrainedModel, PreTrainedTokenizerBase, RewardFunction):
-    register_type(python_type, deserializer=refuse_python_object)
-
-FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}
+for python_only in (PreTrainedModel, PreTrainedTokenizerBase, RewardFunction, Dataset, IterableDataset):
+    # the serializer, too: by default it would turn any list into text
+    register_type(python_only, serializer=refuse_python_only, deserializer=refuse_python_only)
 
 EPILOG = (
     f"An error is one sentence; set {TRACEBACK}=1 for the traceback. Completion of options in a shell (needs shtab): "
@@ -63,16 +69,21 @@ class ExportingTrainer(Trainer):
 
         Args:
             model: The module whose checkpoint it is.
-            ckpt_path: Checkpoint, or ``last`` for the newest of the run.
+            ckpt_path: Checkpoint; or ``last`` for the newest or ``best`` for the best of the run.
             output_dir: Folder to write.
             datamodule: Not used.
         """
         model.configure_model()
-        checkpoint = read_checkpoint(ckpt_path)
+        path = verified(ckpt_path)
+        checkpoint = read_checkpoint(path)
         check_model(checkpoint, model, is_fit=False)
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
-        export_module(model, output_dir)
-        print(f"exported {ckpt_path} to {output_dir}")
+        record = TrainingRecord(type(model).__name__, int(checkpoint["global_step"]), path.name, is_last=False)
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, Checkpoint):
+                record = recorded(record, path, callback.store)
+        export_module(model, output_dir, record)
+        print(f"exported {record} to {output_dir}")
 
     @staticmethod
     def plan(model: Mapping[str, Any], gpus: int, gpu_memory: float = 80.0) -> None:
@@ -167,14 +178,15 @@ class CLI(LightningCLI):
             self._parser("plan").error(str(error))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Read ``--ckpt_path last`` as the newest complete checkpoint in the run's folder, and check a file.
+        """Find the checkpoint of the run that ``--ckpt_path`` means.
 
-        Lightning only warns where there is none and goes on with the weights as they are; here only a fit starts anew.
+        Lightning only warns where there is none and goes on with the weights as they are; here only ``fit`` with
+        ``last`` starts from the beginning.
         """
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") not in (None, "hpc"):
-            folder = checkpoint_folder(self._get(self.config_init, "trainer.default_root_dir"))
-            kwargs["ckpt_path"] = find_checkpoint(str(kwargs["ckpt_path"]), folder, is_fit=subcommand == "fit")
+            (callback,) = (each for each in self.trainer.checkpoint_callbacks if isinstance(each, Checkpoint))
+            kwargs["ckpt_path"] = callback.find(str(kwargs["ckpt_path"]), is_fit=subcommand == "fit")
         return kwargs
 
     def _parse_ckpt_path(self) -> None:
@@ -185,34 +197,6 @@ def method_arguments(subcommand: str) -> set[str]:
     """Settings that a sub-command has beside the trainer, the model and the data."""
     skipped = {"self", *CLI.subcommands()[subcommand]}
     return set(inspect.signature(getattr(ExportingTrainer, subcommand)).parameters) - skipped
-
-
-def find_checkpoint(given: str, folder: str, is_fit: bool) -> str | None:
-    """The file that ``--ckpt_path`` means.
-
-    Args:
-        given: ``last`` or a path.
-        folder: Where the run keeps its checkpoints.
-        is_fit: A fit may start without a checkpoint.
-
-    Raises:
-        ValueError: If it is an address of another kind, or corrupt.
-        FileNotFoundError: If it is not there.
-    """
-    if "://" in given or given.startswith("registry"):
-        raise ValueError(f"--ckpt_path takes a local file or last, got {given}; copy it to this machine first")
-    if given != "last":
-        check_complete(given)
-        return given
-    newest = newest_complete(folder)
-    if newest is None and not is_fit:
-        raise FileNotFoundError(f"--ckpt_path last: there is no checkpoint in {folder}; run fit first, or name a file")
-    return None if newest is None else str(newest)
-
-
-def checkpoint_folder(root: str | None) -> str:
-    """Where a run with this ``trainer.default_root_dir`` keeps its checkpoints."""
-    return os.path.join(os.path.abspath(root or "."), "checkpoints")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -272,7 +256,7 @@ def run(args: Sequence[str]) -> None:
         parser_class=Parser,
         parser_kwargs={
             "description": "ReMax and its pipeline: supervised fine-tuning, reward model, ReMax. "
-            "Further sub-commands, each with its own --help: world (make the quickstart's data), "
+            "Further sub-commands, each with its own --help: make-toy-data (the quickstart's data), "
             "report (table, plot and summary of a tested run).",
             "epilog": EPILOG,
         },

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,33 @@ def test_last_without_a_checkpoint(remax: Path, tmp_path: Path) -> None:
     assert (tmp_path / "remax_run" / "hf").exists()
 
 
+def test_a_fit_without_validation_rows(remax: Path, tmp_path: Path) -> None:
+    run("fit", "--config", remax, "--hf_export.enabled", "false")
+    weights_with = torch.load(tmp_path / "remax_run" / "checkpoints" / "step=3.ckpt", weights_only=True)
+    options = ["--trainer.val_check_interval", 100, "--trainer.default_root_dir", tmp_path / "other"]
+    run("fit", "--config", remax, "--data.validation", "null", *options, "--hf_export.enabled", "false")
+    weights_without = torch.load(tmp_path / "other" / "checkpoints" / "step=3.ckpt", weights_only=True)
+    for name, weight in weights_with["state_dict"].items():
+        assert torch.equal(weight, weights_without["state_dict"][name])
+    metrics = (tmp_path / "other" / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "train/reward" in metrics
+    assert "val/" not in metrics
+
+
+def test_what_only_python_can_give_is_refused(remax: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("Dataset", "IterableDataset"):
+        message = refused(capsys, "fit", "--config", remax, "--data.train", f'{{"class_path": "datasets.{kind}"}}')
+        assert "a datasets.Dataset can only be given in Python; give a file, folder, hub name or list" in message
+
+
+@pytest.mark.parametrize("train", [["a.jsonl", "b.jsonl"], [{"prompt": "a b"}, {"prompt": "b c"}]])
+def test_lists_of_sources_and_of_rows_round_trip(remax: Path, tmp_path: Path, train: list[Any]) -> None:
+    text = printed("fit", "--config", remax, "--data.train", json.dumps(train), "--print_config")
+    assert yaml.safe_load(text)["data"]["init_args"]["train"] == train
+    (tmp_path / "printed.yaml").write_text(text)
+    assert printed("fit", "--config", tmp_path / "printed.yaml", "--print_config") == text
+
+
 def test_sft_and_reward_model(policy: str, tmp_path: Path) -> None:
     rows = [{"prompt": "ab", "response": " c" * n} for n in range(1, 5)]
     demonstrations = tiny.write_rows(tmp_path / "demonstrations.jsonl", rows)
@@ -382,21 +410,21 @@ def test_print_config_round_trips(remax: Path, tmp_path: Path) -> None:
 
 def test_sub_commands_are_there() -> None:
     text = printed("--help")
-    for name in ("fit", "validate", "test", "predict", "export", "world", "report"):
+    for name in ("fit", "validate", "test", "predict", "export", "make-toy-data", "report"):
         assert name in text
     assert "REMAX_TRACEBACK=1" in text
     assert "--print_completion" in text
-    assert "--output_dir" in printed("world", "--help")
-    assert "--responses" in printed("report", "--help")
+    assert "--output_dir" in printed("make-toy-data", "--help")
+    assert "--run_dir" in printed("report", "--help")
     assert "--output_dir" in printed("export", "--help")
 
 
-def test_world_and_report(remax: Path, tmp_path: Path) -> None:
+def test_toy_data_and_report(remax: Path, tmp_path: Path) -> None:
     sizes = [text for name in ("demonstrations", "preferences", "prompts", "held_out") for text in (f"--num_{name}", 8)]
-    run("world", "--output_dir", tmp_path / "world", "--vocab_size", 300, *sizes)
-    assert len(tiny.read_rows(tmp_path / "world" / "prompts.jsonl")) == 8
+    run("make-toy-data", "--output_dir", tmp_path / "toy", "--vocab_size", 300, *sizes)
+    assert len(tiny.read_rows(tmp_path / "toy" / "prompts.jsonl")) == 8
     run("fit", "--config", remax)
     run("test", "--config", remax, "--ckpt_path", "last")
     root = tmp_path / "remax_run"
-    run("report", "--responses", root / "responses.jsonl", "--run_dir", root, "--output_dir", tmp_path / "report")
+    run("report", "--run_dir", root, "--output_dir", tmp_path / "report")
     assert {"summary.json", "reward.png"} <= {path.name for path in (tmp_path / "report").iterdir()}

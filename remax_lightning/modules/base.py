@@ -208,7 +208,6 @@ class TrainableModule(LightningModule):
         if is_usable:
             optimizer.step()
             self.lr_schedulers().step()  # type: ignore[union-attr]
-            torch.clear_autocast_cache()  # of the weights before the step; a batch may take several
         optimizer.zero_grad()
         self.skipped_steps.count(is_usable=is_usable, step=self.global_step)
 

@@ -6,7 +6,7 @@ from torchmetrics.aggregation import MeanMetric
 
 
 class Means:
-    """A torchmetrics mean for each name, created when first added to and reset when computed."""
+    """A torchmetrics mean for each name, created when first added to and dropped when computed."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, MeanMetric] = {}
@@ -30,8 +30,7 @@ class Means:
             dist.all_gather_object(of_ranks, names)
             names = names.union(*of_ranks)
         means = {name: self._metric(name, on).compute() for name in sorted(names)}
-        for metric in self.metrics.values():
-            metric.reset()
+        self.metrics = {}  # not reset: what was updated in inference mode can be updated in no other mode
         return means
 
     def _metric(self, name: str, on: device) -> MeanMetric:

@@ -102,8 +102,6 @@ class TransformersEngine(RolloutEngine):
             inputs = (policy, prompt_ids, mask, *rows.tokens.shape)
             next_logits = CompiledNextLogits(self.caches, *inputs) if self.compile else NextLogits(*inputs)
             _decode(next_logits, rows, sampling, stop_token_ids)
-        # autocast caches casts of weights; before torch 2.10 those made here would have no gradient in training
-        torch.clear_autocast_cache()
         return prompt_ids, mask
 
 

@@ -118,21 +118,24 @@ def test_which_checkpoints_are_kept(policy: str, tmp_path: Path) -> None:
 
 def test_monitor_and_mode_choose_the_best(policy: str, tmp_path: Path) -> None:
     validate = {"val_check_interval": 1, "check_val_every_n_epoch": None}
-    for mode, best in (("max", max), ("min", min)):
+    for monitor, mode, best in (("val/reward", "max", max), ("val/reward", "min", min), (None, "min", max)):
         scores: dict[str, float] = {}
 
         class Scores(Callback):
             def on_validation_end(self, trainer: Any, *args: object, scores: dict[str, float] = scores) -> None:
                 scores[f"step={trainer.global_step}.ckpt"] = float(trainer.callback_metrics["val/reward"])
 
-        checkpoint = Checkpoint(dirpath=str(tmp_path / mode), monitor="val/reward", mode=mode, keep_last=1)
+        checkpoint = Checkpoint(dirpath=str(tmp_path / f"{monitor}{mode}"), monitor=monitor, mode=mode, keep_last=1)
         module = tiny.remax(policy, optimizer=tiny.adam())
         data = tiny.prompt_data(tmp_path, batch_size=2)
         data.sources["validation"] = data.sources["train"]
         trainer = tiny.trainer(tmp_path, 5, [Scores(), checkpoint], enable_checkpointing=True, **validate)
         trainer.fit(module, datamodule=data)
         assert len(set(scores.values())) == 5
-        assert set(steps_of(tmp_path / mode)) == {best(scores, key=lambda name: scores[name]), "step=5.ckpt"}
+        assert set(steps_of(tmp_path / f"{monitor}{mode}")) == {
+            best(scores, key=lambda name: scores[name]),
+            "step=5.ckpt",
+        }
         assert Path(checkpoint.best_model_path).name == best(scores, key=lambda name: scores[name])
 
 

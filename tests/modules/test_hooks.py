@@ -36,7 +36,7 @@ def test_a_method_is_its_advantages(policy: str, tmp_path: Path) -> None:
     for each in (half, full):
         tiny.fit(each, tiny.prompt_data(tmp_path), tmp_path, steps=2)
     tiny.assert_close(tiny.weights(half.policy), tiny.weights(full.policy))
-    with pytest.raises(ValueError, match="Centered compares .*num_samples must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"Centered compares .*num_samples must be at least 2, got 1"):
         module(Centered, policy, sampling=Sampling(8))
 
 

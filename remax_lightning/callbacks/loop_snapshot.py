@@ -1,27 +1,29 @@
-"""The state of the trainer's loops after a step, such that a resumed run goes on as if it had never stopped.
+"""The state of the trainer's loops after a step, from which a resumed run continues as if it had never stopped.
 
-What Lightning saves depends on the hook that it saves from, and some of these states do not resume exactly: the
-validation that was due is skipped, an epoch ends without being counted. Here a step has one state, noted when it ends.
+What Lightning saves depends on the hook that it saves from, and some of these states do not resume exactly: a
+validation that was due is skipped, an epoch ends without being counted. Here each step has one state, captured when
+the step ends.
 """
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 
 @dataclass(frozen=True)
-class StepEnd:
-    """Where a run stands after a step.
+class LoopSnapshot:
+    """The position of a run after a step.
 
     Args:
         loops: State of Lightning's loops at the end of the batch, before any validation.
-        data: State of the data module, its position in the rows.
-        batches: Batches trained on, those of skipped steps too.
+        data: State of the data module: its position in the rows.
+        batches: Batches trained on, including those of skipped steps.
         epoch: Epochs that are complete.
         step: Optimizer steps taken.
-        validation_due: A validation follows this step and has not been done yet.
+        validation_due: A validation follows this step and has not been run yet.
+        scores: Metrics of that validation, if it has been run.
     """
 
     loops: dict[str, Any]
@@ -30,10 +32,11 @@ class StepEnd:
     epoch: int
     step: int
     validation_due: bool
+    scores: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, trainer: Trainer) -> "StepEnd":
-        """The state, when called at the end of a training batch."""
+    def capture(cls, trainer: Trainer) -> "LoopSnapshot":
+        """The state at the end of a training batch, from where it must be called."""
         epoch_loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
@@ -46,24 +49,24 @@ class StepEnd:
             validation_due=epoch_loop._should_check_val_fx(fetcher),
         )
 
-    def validated(self) -> "StepEnd":
-        """The state when the validation is done."""
-        return replace(self, validation_due=False)
+    def validated(self, scores: dict[str, float]) -> "LoopSnapshot":
+        """The state after the validation."""
+        return replace(self, validation_due=False, scores=scores)
 
     def write_to(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Put this state into a checkpoint, in place of what the trainer's is at this moment."""
+        """Replace the loops' current state in a checkpoint by this one."""
         checkpoint.update(epoch=self.epoch, global_step=self.step, loops=self.resumable_loops())
         if self.data:
             checkpoint[type(trainer.datamodule).__qualname__] = self.data  # type: ignore[attr-defined]
 
     def resumable_loops(self) -> dict[str, Any]:
-        """State of the loops to go on from: with the validation, the next epoch or the next batch."""
+        """The loops' state to resume from: at the validation, the next epoch or the next batch."""
         loops = deepcopy(self.loops)
         fit = loops["fit_loop"]
         batches, validation = fit["epoch_loop.batch_progress"], fit["epoch_loop.val_loop.batch_progress"]
         if self.validation_due:
             _complete(batches)
-            _begin_first(validation)
+            _mark_validation_pending(validation)
         elif batches["is_last_batch"]:
             _complete(batches)
             _complete(fit["epoch_progress"])
@@ -72,21 +75,21 @@ class StepEnd:
         return loops
 
 
-def begin_epoch_anew(trainer: Trainer) -> None:
-    """Let a run that was resumed between two epochs begin the next one like any other; call when training starts."""
+def clear_restarting_flag(trainer: Trainer) -> None:
+    """Let a run that was resumed between two epochs start the next one normally; call when training starts."""
     epochs = trainer.fit_loop.epoch_progress.total
     if epochs.ready == epochs.completed:
         trainer.fit_loop.epoch_loop.restarting = False
 
 
 def _complete(progress: dict[str, Any]) -> None:
-    """Count what has begun as complete."""
+    """Count what has started as complete."""
     for counts in (progress["total"], progress["current"]):
         counts.update(dict.fromkeys(counts, counts["ready"]))
 
 
-def _begin_first(progress: dict[str, Any]) -> None:
-    """Count one batch as begun and not processed: this is what makes Lightning do the validation again."""
+def _mark_validation_pending(progress: dict[str, Any]) -> None:
+    """Count one batch as started and not processed: this makes Lightning run the validation again."""
     _complete(progress)
     progress.update(current=dict.fromkeys(progress["current"], 0), is_last_batch=False)
     for counts in (progress["total"], progress["current"]):
