@@ -174,7 +174,10 @@ def _not_primitive(match: re.Match[str], key: str, value: str) -> str | None:
     expected = set(re.findall(r"Expected a <class '(\w+)'>", match.string)) & set(PRIMITIVES)
     if not expected:
         return None
-    return f"{key} must be {' or '.join(sorted(PRIMITIVES[each] for each in expected))}, got {value}"
+    accepted = " or ".join(sorted(PRIMITIVES[each] for each in expected))
+    if "only Python code can give" in match.string and value.startswith("{"):
+        return f"{key}: only Python code can give an object, got {value}; on the command line it must be {accepted}"
+    return f"{key} must be {accepted}, got {value}"
 
 
 def _value(match: re.Match[str]) -> str:
