@@ -20,6 +20,7 @@ from remax_lightning.supported import PRECISIONS
 
 TRACEBACK = "REMAX_TRACEBACK"  # an environment variable; 1 shows where an error comes from
 SETTINGS = "lightning.pytorch.trainer.connectors"  # where Lightning looks at the trainer's arguments
+NO_GPU = " Set trainer.accelerator to auto or cpu."
 PRIMITIVES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
 
 
@@ -61,7 +62,7 @@ def sentence(error: BaseException) -> str | None:
         modules = _modules(each.__traceback__)
         is_setting = isinstance(each, (ValueError, TypeError)) and any(name.startswith(SETTINGS) for name in modules)
         if is_setting or isinstance(each, (OSError, ModuleNotFoundError, MisconfigurationException)):
-            return str(each)
+            return str(each) + (NO_GPU if "supported gpu backend" in str(each) else "")
         if any(name.startswith("remax_lightning.rewards") for name in modules):
             return f"the reward raised {type(each).__name__}: {each}{_place(each)}"
     return None
@@ -277,7 +278,7 @@ def known_classes(key: str, classes: list[str], parser: Any) -> Iterator[type]:
     else:
         hint = getattr(parser._option_string_actions.get(f"--{key}"), "_typehint", None)
     for base in set(_classes_in(hint)):
-        yield from [each for each in _concrete(base) if each is not base] or [base]
+        yield from [each for each in _concrete(base) if each is not base] or ([] if _is_protocol(base) else [base])
 
 
 def _classes_in(hint: Any) -> Iterator[type]:
@@ -290,11 +291,15 @@ def _classes_in(hint: Any) -> Iterator[type]:
         yield from _classes_in(each)
 
 
+def _is_protocol(base: type) -> bool:
+    return typing.Protocol in base.__bases__
+
+
 def _concrete(base: type) -> Iterator[type]:
     """A class and its subclasses that can be built, and that are public: their package exports them."""
     package = sys.modules.get(base.__module__.rpartition(".")[0] or base.__module__)
     members = (inspect.getattr_static(base, name) for name in dir(base))
-    is_abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
+    is_abstract = any(getattr(member, "__isabstractmethod__", False) for member in members) or _is_protocol(base)
     if not is_abstract and package is not None and vars(package).get(base.__name__) is base:
         yield base
     subclasses: list[type] = type.__subclasses__(base)
