@@ -31,7 +31,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> I
 def fit(policy: str, folder: Path, callback: ProgressLines | StepBar, steps: int, **options: Any) -> None:
     """A run of up to three steps an epoch, with validation rows."""
     data = tiny.prompt_data(folder, batch_size=2)
-    data.sources["validation"] = data.sources["train"]
+    data.validation = data.train
     defaults = {"check_val_every_n_epoch": None, "val_check_interval": 1000}
     tiny.fit(tiny.remax(policy), data, folder, steps, callbacks=[callback], **{**defaults, **options})
 
