@@ -20,6 +20,7 @@ from remax_lightning.supported import PRECISIONS
 
 TRACEBACK = "REMAX_TRACEBACK"  # an environment variable; 1 shows where an error comes from
 SETTINGS = "lightning.pytorch.trainer.connectors"  # where Lightning looks at the trainer's arguments
+NO_GPU = " Set trainer.accelerator to auto or cpu."
 PRIMITIVES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
 
 
@@ -61,7 +62,7 @@ def sentence(error: BaseException) -> str | None:
         modules = _modules(each.__traceback__)
         is_setting = isinstance(each, (ValueError, TypeError)) and any(name.startswith(SETTINGS) for name in modules)
         if is_setting or isinstance(each, (OSError, ModuleNotFoundError, MisconfigurationException)):
-            return str(each)
+            return str(each) + (NO_GPU if "supported gpu backend" in str(each) else "")
         if any(name.startswith("remax_lightning.rewards") for name in modules):
             return f"the reward raised {type(each).__name__}: {each}{_place(each)}"
     return None
@@ -69,7 +70,8 @@ def sentence(error: BaseException) -> str | None:
 
 def _place(error: BaseException) -> str:
     """Where the user's code raised an error: the last file that belongs to no package and not to Python."""
-    installed = (*sysconfig.get_paths().values(), os.path.dirname(__file__))
+    paths = sysconfig.get_paths()
+    installed = (*(paths[name] for name in ("stdlib", "purelib", "platlib")), os.path.dirname(__file__))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(installed)]
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
@@ -173,12 +175,15 @@ def _not_primitive(match: re.Match[str], key: str, value: str) -> str | None:
     expected = set(re.findall(r"Expected a <class '(\w+)'>", match.string)) & set(PRIMITIVES)
     if not expected:
         return None
-    return f"{key} must be {' or '.join(sorted(PRIMITIVES[each] for each in expected))}, got {value}"
+    accepted = " or ".join(sorted(PRIMITIVES[each] for each in expected))
+    if "only Python code can give" in match.string and value.startswith("{"):
+        return f"{key}: only Python code can give an object, got {value}; on the command line it must be {accepted}"
+    return f"{key} must be {accepted}, got {value}"
 
 
 def _value(match: re.Match[str]) -> str:
     """The value that a reason is about."""
-    value = re.findall(r"(?:Got value:|Given value:) (.*)", match.string)[0]
+    value = next(iter(re.findall(r"(?:Got value:|Given value:) (.*)", match.string)), "")
     nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", value)
     return nested[1].strip("'") if nested else value
 
@@ -273,7 +278,7 @@ def known_classes(key: str, classes: list[str], parser: Any) -> Iterator[type]:
     else:
         hint = getattr(parser._option_string_actions.get(f"--{key}"), "_typehint", None)
     for base in set(_classes_in(hint)):
-        yield from [each for each in _concrete(base) if each is not base] or [base]
+        yield from [each for each in _concrete(base) if each is not base] or ([] if _is_protocol(base) else [base])
 
 
 def _classes_in(hint: Any) -> Iterator[type]:
@@ -286,12 +291,16 @@ def _classes_in(hint: Any) -> Iterator[type]:
         yield from _classes_in(each)
 
 
+def _is_protocol(base: type) -> bool:
+    return typing.Protocol in base.__bases__
+
+
 def _concrete(base: type) -> Iterator[type]:
     """A class and its subclasses that can be built, and that are public: their package exports them."""
     package = sys.modules.get(base.__module__.rpartition(".")[0] or base.__module__)
     members = (inspect.getattr_static(base, name) for name in dir(base))
-    is_abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
-    if not is_abstract and vars(package).get(base.__name__) is base:
+    is_abstract = any(getattr(member, "__isabstractmethod__", False) for member in members) or _is_protocol(base)
+    if not is_abstract and package is not None and vars(package).get(base.__name__) is base:
         yield base
     subclasses: list[type] = type.__subclasses__(base)
     for subclass in subclasses:

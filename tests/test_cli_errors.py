@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from processes import ROOT
 
 from remax_lightning import cli
@@ -114,7 +115,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "module's case": ((*FIT, "--model", "remax"), "did you mean ReMax?"),
     "reward": (
         (*FIT, "--model.reward", "FuncReward"),
-        "no class FuncReward; did you mean FunctionReward? Known are Func",
+        "did you mean FunctionReward? Known are",
     ),
     "callback": (
         (*FIT, "--trainer.callbacks", "EarlyStop"),
@@ -163,6 +164,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "package": ((*FIT, "--trainer.logger", "WandbLogger"), "pip install -U 'wandb"),
     "devices": ((*FIT, "--trainer.devices", "x"), "`devices` selected with `CPUAccelerator` should be an int > 0."),
     "accelerator": ((*FIT, "--trainer.accelerator", "gpuu"), "You selected an invalid accelerator name"),
+    "chat template": (
+        (*FIT, "--model.policy.chat_template", "nowhere.jinja"),
+        "chat_template: there is no file nowhere.jinja; give an existing one, or its text",
+    ),
+    "KL penalty": ((*FIT, "--model.kl_coef", "-1"), "kl_coef must be 0 (no reference) or positive, got -1.0"),
+    "tokens": ((*FIT, "--model.sampling.max_new_tokens", "-3"), "max_new_tokens must be at least 1, got -3"),
+    "model's folder": ((*FIT, "--model.policy.path", "/nowhere/model"), "/nowhere/model does not exist; give"),
     "accumulation": (
         (*FIT, "--trainer.accumulate_grad_batches", "2"),
         "set data.batch_size to the rows of an optimizer step, on each rank, and model.micro_batch_size to those of",
@@ -178,12 +186,42 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "FSDP2Strategy has no argument compute_dtyp; did you mean compute_dtype?",
     ),
     "plan without GPUs": (("plan", "--config", "base.yaml"), "--gpus must be given"),
-    "report": (("report",), "--responses and --run_dir and --output_dir must be given"),
+    "report": (("report",), "--run_dir must be given"),
     "report's argument": (("report", "--respones", "x"), "there is no --respones; did you mean --responses?"),
 }
 RUNNING: dict[str, tuple[tuple[str, ...], str]] = {
     "columns": ((*FIT, "--data.train", "columns.jsonl"), "train: the rows have the columns ['foo'], none of the known"),
-    "no rows": ((*FIT, "--data.train", "nowhere.jsonl"), "no data at 'nowhere.jsonl'; accepted is a .json, .jsonl"),
+    "no rows": (
+        (*FIT, "--data.train", "nowhere.jsonl"),
+        "no data at 'nowhere.jsonl': there is no such file or folder; give",
+    ),
+    "empty file": ((*FIT, "--data.train", "empty.jsonl"), "data.train: cannot read empty.jsonl: the file is empty"),
+    "corrupt line": ((*FIT, "--data.train", "corrupt.jsonl"), "corrupt.jsonl, line 2: not valid JSON"),
+    "reward's column": (
+        (*FIT, "--model.reward.function", "reward_functions.matches"),
+        "reward_functions.matches needs the columns answer, which the data does not have; it has prompts, responses",
+    ),
+    "reward's file": ((*FIT, "--model.reward.function", "/a/b.py"), "/a/b.py needs its name: /a/b.py:exact_match"),
+    "reward's module": (
+        (*FIT, "--model.reward.function", "nowhere.f"),
+        "nowhere.f cannot be imported: No module named",
+    ),
+    "reward's name": (
+        (*FIT, "--model.reward.function", "f"),
+        "is given as my_rewards.exact_match or path/to/file.py:exact",
+    ),
+    "reward model's folder": (
+        (
+            "fit",
+            "--config",
+            "rewardless.yaml",
+            "--model.reward",
+            "ModelReward",
+            "--model.reward.path",
+            "/nowhere/model",
+        ),
+        "/nowhere/model does not exist; a Hugging Face folder or a hub name was expected there",
+    ),
     "no checkpoint": (("test", *FIT[1:], "--data.test", "prompts.jsonl", "--ckpt_path", "last"), "run fit first"),
     "no checkpoint file": (
         ("test", *FIT[1:], "--data.test", "prompts.jsonl", "--ckpt_path", "a.ckpt"),
@@ -223,6 +261,8 @@ def files(config: dict[str, Any]) -> None:
     Path("modle.yaml").write_text("modle: {class_path: ReMax}\n")
     Path("raising_rewards.py").write_text(REWARDS)
     tiny.write_rows(Path("columns.jsonl"), [{"foo": "x"}] * 3)
+    Path("empty.jsonl").touch()
+    Path("corrupt.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n{"prompt": "b"}\n')
 
 
 @pytest.mark.usefixtures("files")
@@ -258,6 +298,17 @@ def test_a_traceback_is_shown_when_asked_for(config: dict[str, Any], monkeypatch
         cli.main()
 
 
+def test_a_machine_without_a_gpu() -> None:
+    error = MisconfigurationException("No supported gpu backend found!")
+    assert sentence(error) == "No supported gpu backend found! Set trainer.accelerator to auto or cpu."
+
+
+def test_a_protocol_is_no_known_class(shell: Shell) -> None:
+    _, message = shell(*FIT, "--model.reward", "FuncReward")
+    assert "ModelReward" in message
+    assert "RewardFunction" not in message
+
+
 def test_only_errors_with_a_sentence_are_told() -> None:
     for raising in (lambda: torch.zeros(2) @ torch.zeros(3), lambda: {}["key"], lambda: int("x")):
         with pytest.raises(Exception, match=r".+") as raised:
@@ -277,7 +328,7 @@ def test_the_process_ends_with_the_sentence_alone() -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in errors
-    assert errors.strip().splitlines()[-1].startswith("error: no data at 'nowhere.jsonl'")
+    assert errors.strip().splitlines()[-1].startswith("error: data.train: no data at 'nowhere.jsonl'")
 
 
 @pytest.mark.usefixtures("config")

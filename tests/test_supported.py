@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
+from remax_lightning.plan.recipe import read_layout
 from remax_lightning.strategies import FSDP2Strategy
 from remax_lightning.supported import check_supported
 
@@ -69,3 +70,9 @@ def test_fsdp2_has_a_type_of_its_own(precision: str) -> None:
         ValueError, match=r"must be 32-true, .*; the type of the computation is trainer.strategy.compute"
     ):
         check_supported("fsdp2", precision)
+
+
+@pytest.mark.parametrize(("strategy", "precision"), [("fsdp", None), ("auto", "bf16-true"), ("fsdp2", "bf16-mixed")])
+def test_a_plan_refuses_the_same(strategy: str, precision: str | None) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.(strategy|precision) .*use|must be 32-true"):
+        read_layout({"strategy": strategy, "precision": precision}, gpus=2)

@@ -46,8 +46,12 @@ def prepared_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | 
             )
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
-        is_file = chat_template.endswith(".jinja")
-        tokenizer.chat_template = Path(chat_template).expanduser().read_text("utf-8") if is_file else chat_template
+        file = Path(chat_template).expanduser() if chat_template.endswith(".jinja") else None
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(
+                f"chat_template: there is no file {chat_template}; give an existing one, or its text"
+            )
+        tokenizer.chat_template = chat_template if file is None else file.read_text("utf-8")
     return tokenizer
 
 

@@ -160,6 +160,8 @@ def resolve(path: str) -> Callable[..., Any]:
         ValueError: If there is none.
     """
     file, is_file, name = path.rpartition(":")
+    if not is_file and path.endswith(".py"):
+        raise ValueError(f"the reward function in {path} needs its name: {path}:exact_match")
     if not is_file:
         file, _, name = path.rpartition(".")
     try:
