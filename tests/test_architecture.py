@@ -164,9 +164,6 @@ LIMITS = [long_classes, long_functions, deep_modules, hidden_arguments, probes]
 KNOWN = {
     "callbacks/checkpoint.py: Checkpoint": {"long_classes"},
     "callbacks/termination.py: end_children": {"probes"},
-    "data/base.py: TokenizedDataModule": {"long_classes"},
-    "data/demonstrations.py: DemonstrationDataModule": {"hidden_arguments"},
-    "data/preferences.py: PreferenceDataModule": {"hidden_arguments"},
     "modules/base.py: TrainableModule": {"long_classes"},
     "modules/baseline.py: BaselineModule": {"deep_modules", "hidden_arguments"},
     "modules/policy.py: PolicyModule": {"hidden_arguments"},

@@ -178,12 +178,15 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "FSDP2Strategy has no argument compute_dtyp; did you mean compute_dtype?",
     ),
     "plan without GPUs": (("plan", "--config", "base.yaml"), "--gpus must be given"),
-    "report": (("report",), "--responses and --run_dir and --output_dir must be given"),
+    "report": (("report",), "--run_dir must be given"),
     "report's argument": (("report", "--respones", "x"), "there is no --respones; did you mean --responses?"),
 }
 RUNNING: dict[str, tuple[tuple[str, ...], str]] = {
     "columns": ((*FIT, "--data.train", "columns.jsonl"), "train: the rows have the columns ['foo'], none of the known"),
-    "no rows": ((*FIT, "--data.train", "nowhere.jsonl"), "no data at 'nowhere.jsonl'; accepted is a .json, .jsonl"),
+    "no rows": (
+        (*FIT, "--data.train", "nowhere.jsonl"),
+        "data.train: no data at 'nowhere.jsonl': there is no such file or folder; give a file (.json, .jsonl",
+    ),
     "no checkpoint": (("test", *FIT[1:], "--data.test", "prompts.jsonl", "--ckpt_path", "last"), "run fit first"),
     "no checkpoint file": (
         ("test", *FIT[1:], "--data.test", "prompts.jsonl", "--ckpt_path", "a.ckpt"),
@@ -277,7 +280,7 @@ def test_the_process_ends_with_the_sentence_alone() -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in errors
-    assert errors.strip().splitlines()[-1].startswith("error: no data at 'nowhere.jsonl'")
+    assert errors.strip().splitlines()[-1].startswith("error: data.train: no data at 'nowhere.jsonl'")
 
 
 @pytest.mark.usefixtures("config")
