@@ -193,6 +193,11 @@ def _wrong_type(match: re.Match[str], key: str, classes: list[str], parser: Any)
     return _not_primitive(match, key, _value(match)) or match.string
 
 
+def _only_python(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A value of a type that the command line cannot give."""
+    return f"{key}: {match[1]}"
+
+
 def _wrong_choice(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
     """A value that is none of those allowed."""
     choices = [each for group in re.findall(r"Literal\[([^\]]*)\]", match.string) for each in group.split(", ")]
@@ -250,6 +255,7 @@ REASONS = {
     r"(No module named '[^']+')": _not_imported,
     r"(module '[^']+' has no attribute '[^']+')": _not_imported,
     r"Expected a dot import path string: (.*)": _unknown_class,
+    r"Not of type \w*Dataset: ([^\n]*)": _only_python,
     r"Expected a typing.Literal\[": _wrong_choice,
     r"Expected a <class '(?!NoneType)": _wrong_type,
 }
