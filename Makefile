@@ -22,15 +22,15 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	@touch $@
 
-quickstart: $(INSTALLED) ## SFT, reward model and ReMax on a small world made on the spot; a table and a plot at the end
+quickstart: $(INSTALLED) ## SFT, reward model and ReMax on generated toy data; a table and a plot at the end
 	@mkdir -p $(RUN) && date +%s > $(RUN)/started_at
-	$(PY) cli.py world --output_dir $(RUN)/world
+	$(PY) cli.py make-toy-data --output_dir $(RUN)/data
 	$(PY) cli.py fit --config configs/quickstart/sft.yaml
 	$(PY) cli.py fit --config configs/quickstart/reward_model.yaml
 	$(PY) cli.py fit --config configs/quickstart/remax.yaml
 	$(PY) cli.py test --config configs/quickstart/remax.yaml --ckpt_path last
-	$(PY) cli.py report --responses $(RUN)/remax/responses.jsonl --run_dir $(RUN)/remax \
-		--reward_model_dir $(RUN)/reward_model --output_dir $(RUN) --started_at $$(cat $(RUN)/started_at)
+	$(PY) cli.py report --run_dir $(RUN)/remax --reward_model_dir $(RUN)/reward_model --output_dir $(RUN) \
+		--started_at $$(cat $(RUN)/started_at) --reference_label SFT --policy_label ReMax --judge_label gold
 
 test: $(INSTALLED) ## run the tests
 	$(PY) -m pytest

@@ -1,6 +1,6 @@
 """``kill -9`` at random moments of a small run, resumed each time with ``--ckpt_path last``, on several file systems.
 
-ReMax on the quickstart's world, a tiny Llama with random weights, a reward for the letter e; a checkpoint after every
+ReMax on the quickstart's data, a tiny Llama with random weights, a reward for the letter e; a checkpoint after every
 step. Half of the kills are aimed at a save, a quarter come while the run starts, a quarter at any moment. The final
 weights must be bitwise those of a run that was never killed. The command line is imported once, by a process that
 forks for each start, so that a start takes one second and not ten.
@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 
 from remax_lightning import cli
 from remax_lightning.callbacks.manifest import PARTIAL_SUFFIX, SUFFIX, integrity_error, manifests, read_manifest
-from remax_lightning.data.toy import write_world
+from remax_lightning.data.toy import make_toy_data
 
 LIMIT = 300  # seconds for one start; far more than any takes, so that a hang is an error
 SAVE_SECONDS = 0.05  # about the duration of a save of this model
@@ -46,12 +46,12 @@ def share_of_e(prompts: Sequence[object], responses: Sequence[str]) -> list[floa
 
 
 def write_config(folder: Path, steps: int, hidden_size: int) -> Path:
-    """The world and the configuration of a run in a folder."""
-    write_world(str(folder / "world"), num_demonstrations=8, num_preferences=8, num_prompts=64, num_held_out=8)
+    """The toy data and the configuration of a run in a folder."""
+    make_toy_data(str(folder / "data"), num_demonstrations=8, num_preferences=8, num_prompts=64, num_held_out=8)
     llama = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": 2}
     model = {
         "policy": {
-            "tokenizer": str(folder / "world" / "tokenizer"),
+            "tokenizer": str(folder / "data" / "tokenizer"),
             "config": {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, **llama},
         },
         "reward": {"class_path": "FunctionReward", "init_args": {"function": "kill_nine.share_of_e"}},
@@ -59,7 +59,7 @@ def write_config(folder: Path, steps: int, hidden_size: int) -> Path:
         "kl_coef": 0.05,
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
     }
-    prompts = {name: str(folder / "world" / f"{file}.jsonl") for name, file in FILES.items()}
+    prompts = {name: str(folder / "data" / f"{file}.jsonl") for name, file in FILES.items()}
     config = {
         "trainer": {
             "accelerator": "cpu",

@@ -80,6 +80,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         # no output of a model is changed in place here
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._data_parallel_size = self.num_nodes * self.num_processes
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        rank_zero_info(f"fsdp2 computes in {dtype} (trainer.strategy.compute_dtype); trained weights stay in float32")
         super().setup_environment()
         if self.world_size % self.replicas:
             raise ValueError(

@@ -2,10 +2,10 @@
 
 The logits of N tokens, (N, V), and what autograd keeps of them are the largest tensors of a training step. Here the
 logits of `chunk_size` tokens exist at a time. Everything is in nats. Half-precision logits are taken to float32 for the
-softmax and the gradient matmuls run in the dtype of the weight; its gradient is summed over the chunks in float32.
-float64 stays float64.
+softmax; the gradient matmuls run in the dtype of the weight and are summed over chunks in float32. float64 stays so.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from remax_lightning.functional._checks import require_shape
+
+CPU_CHUNK_SIZE, CHUNK_SIZE = 384, 2048  # tokens whose logits exist at once; with fewer the matmuls are slower
+CPU_BLOCK_SIZE, BLOCK_SIZE = 2**19, 2**25  # logits in float32 at once: 2 MiB, for a CPU's cache, and 128 MiB
 
 
 class HeadOutput(NamedTuple):
@@ -52,8 +55,7 @@ def fused_policy_gradient(
         coefficients: Weight of each token, (...); treated as constants.
         bias: Added to the logits, (V,).
         temperature: Sampling temperature, above 0.
-        chunk_size: Tokens whose logits exist at once, at least 1; with fewer the matmuls are slower. None takes 384 on
-            a CPU and 2048 on an accelerator.
+        chunk_size: Tokens whose logits exist at once, at least 1; None takes 384 on a CPU and 2048 on an accelerator.
 
     Returns:
         Loss, log-probabilities and entropy, float32 or float64.
@@ -61,8 +63,7 @@ def fused_policy_gradient(
     Raises:
         ValueError: If a shape does not match, the temperature is not above 0, or chunk_size is below 1.
     """
-    head = _checked(hidden, weight, tokens, bias, temperature, chunk_size)
-    shape = hidden.shape[:-1]
+    head, shape = _checked(hidden, weight, tokens, bias, temperature, chunk_size), hidden.shape[:-1]
     require_shape(shape, "one weight per hidden state, (...)", coefficients=coefficients)
     loss, log_probs, entropy = _PolicyGradient.apply(*head, coefficients.detach().flatten())
     return HeadOutput(loss, log_probs.view(shape), entropy.view(shape))
@@ -191,9 +192,8 @@ def _sweep(
     gradients: _Gradients | None = None,
 ) -> None:
     """Fill in log_probs and entropy at the rows and add the gradients of -sum(coefficients * log_probs) over them."""
-    buffer = head.weight.new_empty(min(head.chunk_size, len(rows)), len(head.weight))
-    scale = 1 / head.temperature
-    with torch.autocast(head.weight.device.type, enabled=False):
+    buffer, scale = head.weight.new_empty(min(head.chunk_size, len(rows)), len(head.weight)), 1 / head.temperature
+    with nullcontext() if buffer.is_meta else torch.autocast(buffer.device.type, enabled=False):
         for chunk in rows.split(head.chunk_size):
             hidden, scores = head.hidden[chunk], buffer[: len(chunk)]
             bias = (scores, 0.0) if head.bias is None else (head.bias, scale)
@@ -234,7 +234,7 @@ def _token_log_probs(scores: Tensor, tokens: Tensor) -> Tensor:
 
 def _blocks(scores: Tensor) -> list[slice]:
     """Few rows at a time, on a CPU so few that they fit in the cache: three times as fast as the whole chunk."""
-    size = max(1, (2**19 if scores.device.type == "cpu" else 2**25) // scores.shape[-1])
+    size = max(1, (CPU_BLOCK_SIZE if scores.device.type == "cpu" else BLOCK_SIZE) // scores.shape[-1])
     return [slice(start, start + size) for start in range(0, len(scores), size)]
 
 
@@ -265,7 +265,7 @@ def _checked(
     if not temperature > 0:
         raise ValueError(f"temperature divides the logits and must be above 0, got {temperature}; 1 leaves them alone.")
     if chunk_size is None:
-        chunk_size = 384 if weight.device.type == "cpu" else 2048
+        chunk_size = CPU_CHUNK_SIZE if weight.device.type == "cpu" else CHUNK_SIZE
     if chunk_size < 1:
         raise ValueError(f"chunk_size counts tokens and must be at least 1, got {chunk_size}; None picks it.")
     bias = None if bias is None else _usable(bias)
@@ -274,7 +274,7 @@ def _checked(
 
 def _usable(tensor: Tensor) -> Tensor:
     device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type) and tensor.dtype != torch.float64:
+    if not tensor.is_meta and torch.is_autocast_enabled(device_type) and tensor.dtype != torch.float64:
         tensor = tensor.to(torch.get_autocast_dtype(device_type))
     # a Function is told that its inputs need gradients even where grad mode is off
     return tensor if torch.is_grad_enabled() else tensor.detach()

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from remax_lightning.models.tokenizer import looks_like_folder
+from remax_lightning.models.hub import looks_like_folder
 
 CONFIG = "adapter_config.json"
 
@@ -31,13 +31,13 @@ def adapter_base(path: str) -> str | None:
 
 
 def tokenizer_folder(path: str) -> str:
-    """Where the tokenizer of a model is: in its own folder, or in that of the base if an adapter folder has none."""
+    """The folder with a model's tokenizer: the model's, or that of the base if an adapter folder has none."""
     if (Path(path).expanduser() / "tokenizer_config.json").exists():
         return path
     return adapter_base(path) or path
 
 
 def absolute(path: str) -> str:
-    """A folder's name from anywhere; a hub name as it is."""
+    """The absolute path of a folder; a hub name unchanged."""
     folder = Path(path).expanduser()
     return str(folder.absolute()) if path and folder.exists() else path

@@ -9,6 +9,6 @@ def is_adapter(name: str) -> bool:
 def base_name(name: str) -> str:
     """The name of a parameter or a module in the model without adapters."""
     plain = name.removeprefix("base_model.model.")
-    for part in (".base_layer.", ".original_module.", ".modules_to_save.default."):
-        plain = plain.replace(part, ".")
+    for wrapper in (".base_layer.", ".original_module.", ".modules_to_save.default."):
+        plain = plain.replace(wrapper, ".")
     return plain

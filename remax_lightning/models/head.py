@@ -16,8 +16,9 @@ _has_plain_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The head of a model whose logits are exactly ``head(hidden states)``; None, and a warning, for any other model.
 
-    Models that cap or scale their logits (Gemma 2, Cohere, Granite) have no plain head, nor has one with an adapter on
-    it. The model itself is asked, once, on one token: what its head returns has to come out as the logits, bitwise.
+    Models that cap or scale their logits (Gemma 2, Cohere, Granite) have no plain head, nor have those with an adapter
+    on it. The model is tested once, on one token: the output of its head must be its logits, bitwise; on the meta
+    device, where there are no values, the same tensor.
     """
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
@@ -37,15 +38,23 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 
 @torch.no_grad()
 def _passes_through(model: PreTrainedModel, head: nn.Linear) -> bool:
-    """True if the output of the head comes out of the model as it is."""
+    """True if the model returns the output of its head unchanged."""
     # every half-precision type holds these numbers exactly
     marks = torch.linspace(-1000, 1000, head.out_features, device=head.weight.device).bfloat16()
-    handle = head.register_forward_hook(lambda _, __, output: marks.to(output.dtype).expand_as(output))
+    marked: list[Tensor] = []
+
+    def mark(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        marked.append(marks.to(output.dtype).expand_as(output))
+        return marked[0]
+
+    handle = head.register_forward_hook(mark)
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
         logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
     finally:
         handle.remove()
+    if logits.is_meta:
+        return logits.untyped_storage()._cdata == marked[0].untyped_storage()._cdata
     return torch.equal(logits[0, -1].float(), marks.float())
 
 
@@ -55,9 +64,9 @@ def _identity(input: Tensor) -> Tensor:
 
 @contextmanager
 def without_head(head: nn.Linear) -> Iterator[None]:
-    """Inside the context the head returns what it is given, so a model's logits are its hidden states.
+    """Inside the context the head returns its input, so a model's logits are its hidden states.
 
-    The model is still called as a whole, which is what strategies that shard or wrap it expect.
+    The caller still calls the model, not its body: FSDP's and DDP's hooks are on the model.
     """
     head.forward = _identity  # type: ignore[method-assign]
     try:
@@ -69,12 +78,12 @@ def without_head(head: nn.Linear) -> Iterator[None]:
 class DecodingHead:
     """A head that is applied to few rows at a time, many times, without gradient.
 
-    On a CPU the weight is laid out for the matrix product once, where the usual product does it at every call: twice as
-    fast for 32 rows, for a second copy of the weight while it is needed.
+    On a CPU the weight is packed for the matrix product once, not at every call: twice as fast for 32 rows, at the cost
+    of a second copy of the weight.
 
     Args:
-        head: The head; changes to its weight afterwards are not seen.
-        num_rows: The most rows.
+        head: The head; later changes of its weight have no effect.
+        num_rows: Largest number of rows, R.
     """
 
     def __init__(self, head: nn.Linear, num_rows: int) -> None:

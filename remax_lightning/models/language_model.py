@@ -97,7 +97,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def context_length(model: PreTrainedModel) -> int | None:
     """The longest sequence, in tokens, that the model has positions for; None where it has no such limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # encoders of RoBERTa's kind count their positions from the one after the padding's
+    # RoBERTa and its relatives start counting positions behind the padding index
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     embeddings = getattr(getattr(plain.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(embeddings, "padding_idx", None)
@@ -106,7 +106,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the context; every submodule's own mode is restored after it, also when something raises."""
+    """Eval mode inside the context; the mode of every submodule is restored after it, also when something raises."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

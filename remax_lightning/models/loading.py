@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from remax_lightning.models.adapter_folder import adapter_base
 from remax_lightning.models.adapter_names import base_name
+from remax_lightning.models.hub import check_reachable
 from remax_lightning.models.lora import merge_in_place
 from remax_lightning.models.source import ModelSource, existing
 
@@ -34,12 +35,13 @@ def load_weights(auto_class: Any, source: ModelSource, **options: Any) -> tuple[
     """
     assert source.path is not None
     base = adapter_base(existing(source.path))
+    check_reachable(base or source.path)  # beside an architecture, the configuration did not come from there
     if source.quantization is not None:
         options["quantization_config"] = _quantization(source, is_adapter=base is not None)
     model, loading = auto_class.from_pretrained(base or source.path, output_loading_info=True, **options)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            # on a CPU, rollouts would leave the weights in a form through which gradients are silently wrong
+            # a rollout on a CPU would leave the weights in a packed form whose gradients are silently wrong
             module.support_avx512bf16_for_cpu = False
     if base is not None:
         trained = _merge_adapters(model, source.path)
@@ -73,19 +75,19 @@ def _merge_adapters(model: PreTrainedModel, path: str) -> set[str]:
     """Merge the adapters of a folder into their base, in place.
 
     Returns:
-        Names of the weights that the folder holds whole, such as a classifier's head.
+        Names of the full weights that the folder holds beside the adapters, such as a classifier's head.
     """
     config = PeftConfig.from_pretrained(path)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{path} holds adapters of peft's type {config.peft_type}; only LoRA is supported")
     config.task_type = None  # a reward model may start from the adapters of a language model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name for something
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls a function of transformers by a deprecated name
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
             adapted = PeftModel.from_pretrained(model, path, config=config, torch_device="cpu", low_cpu_mem_usage=True)
         except (UserWarning, RuntimeError, ValueError) as error:
             raise ValueError(f"the adapters of {path} do not fit {type(model).__name__}: {error}") from error
-    whole = {base_name(name) for name, _ in adapted.named_parameters() if ".modules_to_save." in name}
+    full = {base_name(name) for name, _ in adapted.named_parameters() if ".modules_to_save." in name}
     merge_in_place(adapted)
-    return whole
+    return full

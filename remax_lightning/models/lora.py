@@ -77,7 +77,7 @@ def check_quantization(source: ModelSource, lora: LoRA | None) -> None:
 def add_lora(model: PreTrainedModel, lora: LoRA, seed: int = 0) -> PeftModel:
     """Freeze a model and put fresh adapters on it; until they are trained they change nothing.
 
-    A classifier's scalar head is trained whole beside the adapters.
+    A classifier's scalar head is trained as it is, without an adapter.
 
     Args:
         model: Causal language model or sequence classifier; it is changed in place. On the meta device its adapters
@@ -103,7 +103,7 @@ def add_lora(model: PreTrainedModel, lora: LoRA, seed: int = 0) -> PeftModel:
         task_type=TaskType.CAUSAL_LM if model.get_output_embeddings() is not None else TaskType.SEQ_CLS,
     )
     with warnings.catch_warnings():
-        # peft asks transformers by an old name whether activations are checkpointed
+        # peft calls a function of transformers by a deprecated name
         warnings.simplefilter("ignore", FutureWarning)
         # from the global generator nothing is drawn on the meta device
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -145,12 +145,12 @@ def init_adapters(model: nn.Module, seed: int) -> None:
 def initial_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Values that an adapter's matrix starts with: peft's, A uniform within 1 / sqrt(columns) and B zero.
 
-    They are a function of the arguments alone, so they do not depend on the order or the number of processes in which a
-    model is built.
+    They are a function of the arguments alone, so they depend neither on the order in which a model is built nor on the
+    world size.
 
     Args:
         name: Name of the parameter in the model with adapters.
-        shape: Its whole shape, (rank, in) or (out, rank).
+        shape: Its unsharded shape, (rank, in) or (out, rank).
         seed: Key of all adapters.
 
     Returns:
@@ -165,7 +165,7 @@ def initial_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Take parameters that are not trained out of the state of a module; they are loaded from where they came from."""
+    """Drop parameters that are not trained from a state dict; a resumed run loads them from their source again."""
     frozen = {id(value) for value in module.parameters() if not value.requires_grad}
     for name, value in module.named_parameters(remove_duplicate=False):
         if id(value) in frozen:
@@ -176,31 +176,30 @@ def leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: A
 def without_adapters(model: PeftModel) -> Iterator[PeftModel]:
     """Inside the context the model is its base, the head of a classifier included: the reference policy.
 
-    Only switches are turned, no parameter is touched: peft's own context freezes the adapters and thaws them all
-    afterwards, also those that were frozen before.
+    No parameter is touched: peft's ``disable_adapter`` freezes the adapters and afterwards makes all of them trainable,
+    also those that were frozen before.
 
     Raises:
         ValueError: If the model has no adapters.
     """
-    switches = [module for module in model.modules() if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))]
-    if not switches:
+    layers = [module for module in model.modules() if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))]
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters, so it is not its own reference; see add_lora")
-    before = [switch._disable_adapters for switch in switches]
-    for switch in switches:
-        switch._disable_adapters = True
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
     try:
         yield model
     finally:
-        for switch, disabled in zip(switches, before, strict=True):
-            switch._disable_adapters = disabled
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """An ordinary model with the adapters merged into its weights; the given one is left as it is.
+    """An ordinary model with the adapters merged into its weights; the argument is not changed.
 
-    The copy is made in CPU memory and takes as much of it as the model without adapters, plus its largest matrix; that
-    of a quantized model is made where the model is, in its ``dtype``. Weights in bfloat16 round what is merged into
-    them.
+    The copy is in CPU memory and takes as much of it as the model without adapters, plus its largest matrix; that of a
+    quantized model is on the model's device, in its ``dtype``. Weights in bfloat16 round the update.
 
     Raises:
         ValueError: If an adapter is not finite.
@@ -213,7 +212,7 @@ def merged(model: PeftModel) -> PreTrainedModel:
 
 
 def merge_in_place(model: PeftModel) -> PreTrainedModel:
-    """The base with the adapters merged into it, all of it trainable; the given model is used up."""
+    """The base with the adapters merged into it, all of it trainable; the argument must not be used afterwards."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(next(module.original_module.parameters()).dtype)
@@ -223,7 +222,7 @@ def merge_in_place(model: PeftModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def _merge_dequantized(model: PeftModel) -> PreTrainedModel:
-    """The weights that quantized ones stand for, and the adapters on them; the given model is used up."""
+    """The dequantized base with the adapters added to it; the argument must not be used afterwards."""
     dtype, layers = model.dtype, [(name, each) for name, each in model.named_modules() if isinstance(each, LoraLayer)]
     plain = cast(PreTrainedModel, model.unload().dequantize(dtype))
     for name, layer in layers:
@@ -238,7 +237,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _in_own_type(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a head is given, in the type of its weights."""
+    """The inputs of a head in the type of its weights."""
     dtype = next(head.parameters()).dtype
     return tuple(each.to(dtype) for each in inputs)
 
@@ -260,12 +259,12 @@ def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
         ends = _ends(chosen)
         return ends if {name for name, _ in _matches(model, ends)} == set(chosen) else chosen
     for target in lora.target_modules:
-        found = [module for _, module in _matches(model, [target])]
-        if not found or not all(isinstance(module, nn.Linear | Conv1D) for module in found):
+        matches = [module for _, module in _matches(model, [target])]
+        if not matches or not all(isinstance(module, nn.Linear | Conv1D) for module in matches):
             names = ", ".join(_ends([name for name, _ in _linear_layers(model)]))
             raise ValueError(
-                f"target_modules has {target!r}, by which no linear layer of {type(model).__name__} is called; "
-                f"those it has are {names}"
+                f"target_modules has {target!r}, but no linear layer of {type(model).__name__} has a name that ends "
+                f"so; choose from {names}"
             )
     head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is cast(nn.Embedding, model.get_input_embeddings()).weight

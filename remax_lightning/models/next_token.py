@@ -1,7 +1,7 @@
-"""What a language model says of given tokens: their log-probs, and the policy gradient through them.
+"""Log-probs of tokens under a language model, and the policy gradient through them.
 
-A model with a plain head never has the logits of all tokens at once; for one that caps or scales its logits they are
-computed as it computes them.
+With a plain head the logits of all tokens never exist at once; a model that caps or scales its logits computes them
+itself.
 """
 
 import torch
@@ -65,6 +65,6 @@ def _states(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """What the model returns at the positions that predict the tokens of the mask, (N, V); without its head, (N, H)."""
     length = ids.shape[1]
     first = int(mask.any(dim=0).int().argmax()) if bool(mask.any()) else length
-    whole = torch.ones_like(ids)  # some models warn where they are given no mask
-    outputs = model(input_ids=ids, attention_mask=whole, logits_to_keep=length - first + 1, use_cache=False).logits
+    ones = torch.ones_like(ids)  # some models warn without a mask
+    outputs = model(input_ids=ids, attention_mask=ones, logits_to_keep=length - first + 1, use_cache=False).logits
     return outputs[:, :-1][mask[:, first:]]

@@ -1,7 +1,7 @@
 """Fully sharded data parallelism (FSDP2) of transformers models, block by block.
 
-Each process keeps a slice of every parameter. A block is gathered while it computes; for a rollout, whose many short
-steps would each wait for it, the whole model is gathered once.
+Each rank stores a shard of every parameter. A block is gathered while it computes; for a rollout, whose many short
+steps would each wait for it, the full model is gathered once.
 """
 
 import warnings
@@ -21,14 +21,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @dataclass(frozen=True)
 class Sharding:
-    """How models are split over processes.
+    """How models are sharded over ranks.
 
     Args:
-        mesh: The processes: one dimension to split over, or two, to copy over the first and split over the second.
-        device: Where this process computes.
+        mesh: The ranks: one dimension to shard over, or two, to replicate over the first and shard over the second.
+        device: Where this rank computes.
         compute_dtype: Type of gathered parameters and activations; gradients are reduced in float32.
-        offload_frozen: Frozen models keep their slices in host memory.
-        sync_every_micro_batch: Gradients are split after each micro-batch, not once a step.
+        offload_frozen: Shards of frozen models are in host memory.
+        sync_every_micro_batch: Gradients are reduced to shards after each micro-batch, not once a step: less memory,
+            more communication.
     """
 
     mesh: DeviceMesh
@@ -39,7 +40,7 @@ class Sharding:
 
 
 def shard(model: nn.Module, sharding: Sharding, *, frozen: bool = False) -> None:
-    """Split the parameters of a model, in place; each block is a unit, what is outside of them another.
+    """Shard the parameters of a model, in place; each block is a unit, what is outside of them another.
 
     Args:
         model: Model of transformers, or one with adapters; it may be on the meta device.
@@ -50,7 +51,7 @@ def shard(model: nn.Module, sharding: Sharding, *, frozen: bool = False) -> None
     offload = CPUOffloadPolicy() if frozen and sharding.offload_frozen else OffloadPolicy()
     for block in blocks(model):
         fully_shard(block, mesh=sharding.mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offload)
-    # the head is used after the forward pass of the whole model, so what it belongs to stays gathered until backward
+    # the fused head reads its weight after the model's forward pass, so the root unit stays gathered until backward
     fully_shard(model, mesh=sharding.mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
 
 
@@ -60,7 +61,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only the input of each block for the backward pass, which computes the rest again."""
+    """Save only the input of each block for the backward pass, which computes the rest again."""
     with warnings.catch_warnings():
         # transformers has renamed it, in a version that not every Python can have
         warnings.simplefilter("ignore", FutureWarning)
@@ -74,10 +75,10 @@ def sharded_units(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside the context every process has the whole model, in its compute type, and no forward pass waits for another.
+    """Inside the context every rank has the full model, in its compute type, and no forward pass communicates.
 
-    So processes may call the model as often as each of them likes, without gradient. Entering is collective, leaving
-    is not; the model is split again also when something raises. Nothing happens to a model that is not sharded.
+    So ranks may call the model different numbers of times, without gradient. Entering is collective, leaving is not;
+    the model is resharded also when something raises. Nothing happens to a model that is not sharded.
     """
     units = sharded_units(model)
     try:
@@ -92,10 +93,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def sync_gradients(model: nn.Module, sharding: Sharding, *, is_last: bool) -> None:
-    """Have the next backward pass reduce gradients over processes if it is a step's last, or if each is to do so."""
+    """Have the next backward pass reduce gradients over ranks if it is a step's last, or if each is to do so."""
     cast(FSDPModule, model).set_requires_gradient_sync(is_last or sharding.sync_every_micro_batch)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that may be split over processes, put together; collective if it is."""
+    """The full tensor of one that may be sharded over ranks; collective if it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

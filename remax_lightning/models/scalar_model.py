@@ -13,7 +13,7 @@ from remax_lightning.models.loading import load_weights
 from remax_lightning.models.source import ModelSource
 
 HEAD_NAMES = {"^regression_head": "score"}
-"""What a head is called elsewhere (UltraRM), and what transformers calls it in a Llama."""
+"""Names of heads in the files of other projects (UltraRM), and the name in transformers' Llama."""
 
 
 def load_reward_model(
@@ -24,8 +24,7 @@ def load_reward_model(
     Args:
         source: A folder of a reward model; or, to start one, a causal language model or a configuration.
         trained: The scalar head has to be in the folder; otherwise a missing head starts at random.
-        label: The label of a classifier with several that is to be read; it keeps them all. The default is a model with
-            one.
+        label: The label of a classifier with several whose logit is the score. The default is a model with one label.
         on_meta: Build its structure alone, on the meta device.
 
     Raises:
@@ -39,7 +38,7 @@ def load_reward_model(
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
     config = source.load_config(num_labels=1) if label is None else source.load_config()
-    config.use_cache = False  # nothing is decoded; keys and values of all layers would be kept
+    config.use_cache = False  # nothing is decoded, so keys and values would only take memory
     if label is not None and label not in range(config.num_labels or 0):
         raise ValueError(f"label must be one of the {config.num_labels} of {source.path}, from 0, got {label}")
     if on_meta or not source.has_weights:
@@ -71,19 +70,20 @@ def _load_trained(
         raise ValueError(f"{source.path} does not fit its config.json: {name} is {stored}, expected {expected}")
     if trained and loading["missing_keys"]:
         raise ValueError(f"{source.path} is no trained reward model: it lacks {sorted(loading['missing_keys'])}")
-    # an export writes the head under the name by which transformers finds it
-    conversions = cast(list[Any], model._weight_conversions)
-    kept = [each for each in conversions if each.source_patterns[0] not in HEAD_NAMES]
-    model._weight_conversions = kept  # type: ignore[assignment]
+    # save_pretrained would undo the renaming, and transformers would not find the head in the exported folder
+    conversions = [
+        each for each in cast(list[Any], model._weight_conversions) if each.source_patterns[0] not in HEAD_NAMES
+    ]
+    model._weight_conversions = conversions  # type: ignore[assignment]
     return model
 
 
 def sequence_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, label: int = 0) -> Tensor:
     """Score of each sequence, read at its last token.
 
-    transformers finds the last token as the last one that differs from the pad token, which goes wrong where a real
-    token equals it (pad == eos). So the padding is rewritten with a token that no row ends with, and the model is told
-    that this is its pad token; what stands there is masked from attention anyway.
+    transformers takes the last token that differs from the pad token, which is wrong where pad == eos. So the padding
+    is overwritten with a token that no row ends with, and the model's pad_token_id is set to it; padding is masked from
+    attention anyway.
 
     Args:
         model: Sequence-classification model.
@@ -127,10 +127,11 @@ def token_values(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
         ids: Right-padded sequences, (B, L).
         mask: True at N tokens, none of them the first of its row, (B, L) bool.
     """
-    found: list[Tensor] = []
-    handle = scalar_head(model).register_forward_hook(lambda _, __, output: found.append(output))
+    # the model returns the score of the last token alone
+    outputs: list[Tensor] = []
+    handle = scalar_head(model).register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     finally:
         handle.remove()
-    return found[0][:, :-1, 0][mask[:, 1:]].float()
+    return outputs[0][:, :-1, 0][mask[:, 1:]].float()

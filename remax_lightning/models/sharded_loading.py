@@ -1,8 +1,8 @@
-"""Load a model so that no process ever holds all of it: each reads its own slices of the safetensors files.
+"""Load a model so that no rank ever holds all of it: each reads its shards from the safetensors files.
 
-The model is built without memory (on the meta device), split, given memory for its slices, and filled. Where the files
-cannot be read in slices (old formats, weights that have to be converted or merged, a new head, random weights), process
-0 loads the whole model into its host memory and hands out the slices.
+The model is built on the meta device, sharded, given memory for its shards, and filled. Where the files cannot be read
+in shards (old formats, weights that have to be converted or merged, a new head, random weights), rank 0 loads the full
+model into its host memory and scatters the shards.
 """
 
 import resource
@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from remax_lightning.models.adapter_folder import adapter_base
 from remax_lightning.models.adapter_names import base_name, is_adapter
+from remax_lightning.models.hub import check_reachable
 from remax_lightning.models.language_model import freeze
 from remax_lightning.models.lora import LoRA, check_quantization, initial_adapter, with_lora
 from remax_lightning.models.parallelize import Sharding, checkpoint_activations, full_tensor, shard, sharded_units
@@ -35,7 +36,7 @@ Loader = Callable[..., PreTrainedModel]
 
 
 def load_sharded(
-    load: Loader,
+    loader: Loader,
     source: ModelSource,
     sharding: Sharding,
     *,
@@ -43,28 +44,28 @@ def load_sharded(
     lora: LoRA | None = None,
     frozen: bool = False,
 ) -> PreTrainedModel:
-    """Load a model split over all processes; collective.
+    """Load a model sharded over all ranks; collective.
 
     Args:
-        load: How it is loaded whole, or its structure alone.
+        loader: Loads the full model, or its structure alone.
         source: The model.
-        sharding: How to split it.
+        sharding: How to shard it.
         key_mapping: Names of the files' tensors to replace, as in ``from_pretrained``.
         lora: Adapters to add.
         frozen: The model is not trained.
 
     Returns:
-        The same weights as of ``load(source)``.
+        The model, with the weights of ``loader(source)``.
 
     Raises:
-        ValueError: If the source is to be quantized, which cannot be split.
+        ValueError: If the source is to be quantized: quantized weights cannot be sharded.
     """
     if source.quantization is not None:
         raise ValueError(
-            f"quantization={source.quantization} does not work under fsdp2, which cannot split bitsandbytes' weights; "
+            f"quantization={source.quantization} does not work under fsdp2, which cannot shard bitsandbytes' weights; "
             "set it to null, or train on one GPU or with trainer.strategy ddp"
         )
-    base, folder = load(source, on_meta=True), weights_folder(source)
+    folder, base = weights_folder(source), loader(source, on_meta=True)
     keys = None if folder is None else stored_keys(base, folder, key_mapping)
     model = with_lora(base, lora)
     shard(model, sharding, frozen=frozen)
@@ -72,7 +73,7 @@ def load_sharded(
     if keys is not None:
         read_shards(model, str(folder), keys)
     else:
-        scatter_from_rank_0(rank_0_state_dict(load, source), model)
+        scatter_from_rank_0(rank_0_state_dict(loader, source), model)
     for name, value in model.named_parameters():
         if is_adapter(name):
             copy_shard(initial_adapter(name, value.shape, 0), value)
@@ -80,12 +81,12 @@ def load_sharded(
 
 
 def load_trainable(
-    load: Loader, source: ModelSource, lora: LoRA | None, sharding: Sharding | None, *, activation_checkpointing: bool
+    loader: Loader, source: ModelSource, lora: LoRA | None, sharding: Sharding | None, *, activation_checkpointing: bool
 ) -> PreTrainedModel:
     """A model in training mode: with adapters, sharded over ranks and with checkpointed activations, as asked for.
 
     Args:
-        load: Loads the model of a source.
+        loader: Loads the model of a source.
         source: Where from.
         lora: Adapters to add.
         sharding: How to shard it; None loads the full model.
@@ -95,49 +96,50 @@ def load_trainable(
         ValueError: If weights in few bits cannot be loaded or trained so.
     """
     check_quantization(source, lora)
-    model = with_lora(load(source), lora) if sharding is None else load_sharded(load, source, sharding, lora=lora)
+    model = with_lora(loader(source), lora) if sharding is None else load_sharded(loader, source, sharding, lora=lora)
     if activation_checkpointing:
         checkpoint_activations(model)
     return model.train()
 
 
-def build_on_meta(load: Loader, source: ModelSource, lora: LoRA | None) -> PreTrainedModel:
+def build_on_meta(loader: Loader, source: ModelSource, lora: LoRA | None) -> PreTrainedModel:
     """A model on the meta device, with its adapters."""
-    return with_lora(load(source, on_meta=True), lora)
+    return with_lora(loader(source, on_meta=True), lora)
 
 
 def read_shards(model: nn.Module, folder: str, keys: dict[str, str]) -> None:
-    """Fill a split model with this process's slices of safetensors files; collective.
+    """Fill a sharded model with this rank's shards of safetensors files; collective.
 
     Args:
-        model: The split model, with or without adapters, which are left as they are.
+        model: The sharded model, with or without adapters, which are not changed.
         folder: Where the files are.
         keys: Names in the files by name in the model without adapters.
     """
-    slices: dict[str, Tensor] = {}
-    twins = []  # a head that is trained beside adapters is there twice
+    shards: dict[str, Tensor] = {}
+    duplicates = []  # peft trains a copy of a classifier's head and leaves the original in the model
     for name, value in model.named_parameters():
         if not is_adapter(name):
             key = keys[base_name(name)]
-            if key in slices:
-                twins.append((value.detach(), key))
+            if key in shards:
+                duplicates.append((value.detach(), key))
             else:
-                slices[key] = value.detach()
-    dcp.load(slices, storage_reader=HuggingFaceStorageReader(folder))
-    for twin, key in twins:
-        twin.copy_(slices[key])
+                shards[key] = value.detach()
+    dcp.load(shards, storage_reader=HuggingFaceStorageReader(folder))
+    for duplicate, key in duplicates:
+        duplicate.copy_(shards[key])
 
 
 def allocate(model: nn.Module, base: PreTrainedModel, sharding: Sharding, *, frozen: bool) -> None:
-    """Give memory to a split model from the meta device, and their values to the buffers that are in no file.
+    """Allocate a sharded model on the meta device, and compute the buffers that no file holds (rotary frequencies).
 
     Raises:
-        RuntimeError: If a buffer has no known value.
+        RuntimeError: If transformers does not compute a buffer.
     """
     is_on_host = frozen and sharding.offload_frozen
     model.to_empty(device="cpu" if is_on_host else sharding.device)
     for name, buffer in list(model.named_buffers()):
         owner = model.get_submodule(name.rpartition(".")[0])
+        # NaN shows below which buffers were not computed; after to_empty they would hold whatever was in memory
         empty = torch.full_like(buffer, float("nan") if buffer.is_floating_point() else 0, device=sharding.device)
         owner._buffers[name.rpartition(".")[2]] = empty
     for parameter in model.parameters():
@@ -149,22 +151,22 @@ def allocate(model: nn.Module, base: PreTrainedModel, sharding: Sharding, *, fro
     for name, buffer in model.named_buffers():
         if bool(buffer.isnan().any()):
             raise RuntimeError(
-                f"the buffer {name} of {type(base).__name__} is in no file and transformers does not say how to make "
-                "it, so this architecture cannot be split; train it under ddp"
+                f"the buffer {name} of {type(base).__name__} is in no file and transformers does not compute it, so "
+                "this architecture cannot be sharded; train it under ddp"
             )
 
 
 def stored_keys(model: PreTrainedModel, folder: Path, key_mapping: dict[str, str] | None) -> dict[str, str] | None:
-    """Where each parameter of a model is found in the safetensors files of a folder.
+    """Names of a model's parameters in the safetensors files of a folder.
 
     Returns:
-        Names in the files by name in the model; None if the files do not hold the parameters as they are.
+        Names in the files by name in the model; None if the files lack parameters, or hold them in another form.
     """
     transforms = get_model_conversion_mapping(model, key_mapping)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     state = model.state_dict()
-    found = {}
+    names = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (it is no dict)
@@ -172,10 +174,10 @@ def stored_keys(model: PreTrainedModel, folder: Path, key_mapping: dict[str, str
                 if converted is not None:
                     return None
                 if name in state and list(state[name].shape) == tensors.get_slice(key).get_shape():
-                    found[name] = key
+                    names[name] = key
     parameters = {name for name, _ in model.named_parameters()}
     has_buffers = any(name in state for name, _ in model.named_buffers())
-    return found if parameters <= set(found) and not has_buffers else None
+    return names if parameters <= set(names) and not has_buffers else None
 
 
 def weights_folder(source: ModelSource) -> Path | None:
@@ -185,17 +187,18 @@ def weights_folder(source: ModelSource) -> Path | None:
     assert source.path is not None
     folder = Path(source.path).expanduser()
     if not folder.exists():
+        check_reachable(source.path)
         # some repositories hold the weights a second time, in another format and under another name
         folder = Path(snapshot_download(source.path, allow_patterns=["model*.safetensors"]))
     return folder if any(folder.glob("*.safetensors")) and adapter_base(str(folder)) is None else None
 
 
-def rank_0_state_dict(load: Loader, source: ModelSource) -> dict[str, Tensor] | None:
-    """The values of a whole model in process 0, None in the others; what is raised there is raised by all."""
+def rank_0_state_dict(loader: Loader, source: ModelSource) -> dict[str, Tensor] | None:
+    """The state dict of the full model on rank 0, None on the others; an error on rank 0 is raised on all ranks."""
     state, failure = None, [None]
     if dist.get_rank() == 0:
         try:
-            state = load(source).state_dict()
+            state = loader(source).state_dict()
         except (OSError, ValueError, RuntimeError) as error:
             failure = [error]  # type: ignore[list-item]
     dist.broadcast_object_list(failure)
@@ -205,11 +208,11 @@ def rank_0_state_dict(load: Loader, source: ModelSource) -> dict[str, Tensor] | 
 
 
 def scatter_from_rank_0(state: dict[str, Tensor] | None, model: nn.Module) -> None:
-    """Fill a split model with the values that process 0 has, one after the other.
+    """Fill a sharded model with the values on rank 0, one tensor at a time; collective.
 
     Args:
-        state: The whole model's, in process 0; None in the others.
-        model: The split model, with or without adapters.
+        state: State dict of the full model on rank 0; None on the others.
+        model: The sharded model, with or without adapters.
     """
     for name, value in model.named_parameters():
         if not is_adapter(name):
@@ -228,18 +231,18 @@ def scatter_from_rank_0(state: dict[str, Tensor] | None, model: nn.Module) -> No
 
 
 def sharded_frozen_copy(
-    model: PreTrainedModel, load: Loader, source: ModelSource, sharding: Sharding
+    model: PreTrainedModel, loader: Loader, source: ModelSource, sharding: Sharding
 ) -> PreTrainedModel:
-    """A copy of a split model that is never trained, in the type that is computed in.
+    """A copy of a sharded model that is never trained, stored in the type of the computation.
 
     Args:
         model: The model.
-        load: How its structure is loaded.
+        loader: Loads its structure.
         source: Where from.
-        sharding: How it is split.
+        sharding: How it is sharded.
     """
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if sharding.compute_dtype == torch.bfloat16 else "float32"
-    copy = load(replace(source, dtype=dtype), on_meta=True)
+    copy = loader(replace(source, dtype=dtype), on_meta=True)
     shard(copy, sharding, frozen=True)
     allocate(copy, copy, sharding, frozen=True)
     with torch.no_grad():
@@ -252,22 +255,22 @@ def sharded_frozen_copy(
     return freeze(copy)
 
 
-def gather_to_rank_0(model: nn.Module, build_on_meta: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
-    """A split model put together in the host memory of process 0; collective.
+def gather_to_rank_0(model: nn.Module, build: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
+    """The full model in the host memory of rank 0; collective.
 
     Args:
-        model: The split model.
-        build_on_meta: Builds the same model on the meta device.
+        model: The sharded model.
+        build: Builds the same model on the meta device.
 
     Returns:
-        The copy in process 0, None in the others.
+        The copy on rank 0, None on the others.
     """
     for unit in sharded_units(model):
         unit.reshard()  # what a forward pass has left gathered is in the type of the computation
-    copy = build_on_meta().to_empty(device="cpu") if dist.get_rank() == 0 else None
-    for part in (nn.Module.named_parameters, nn.Module.named_buffers):
-        targets = {} if copy is None else dict(part(copy, remove_duplicate=False))
-        for name, value in part(model):
+    copy = build().to_empty(device="cpu") if dist.get_rank() == 0 else None
+    for named_tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
+        targets = {} if copy is None else dict(named_tensors(copy, remove_duplicate=False))
+        for name, value in named_tensors(model):
             full = full_tensor(value.detach())
             if copy is not None:
                 targets[name].data.copy_(full)
@@ -277,22 +280,22 @@ def gather_to_rank_0(model: nn.Module, build_on_meta: Callable[[], PreTrainedMod
 
 
 def copy_shard(full: Tensor, target: Tensor, *, from_rank_0: bool = False) -> None:
-    """Copy this process's slice of a whole tensor.
+    """Copy this rank's shard of a full tensor.
 
     Args:
-        full: The whole tensor; only its shape and type matter where it comes from process 0.
-        target: A split parameter.
-        from_rank_0: Take the values of process 0; collective. Otherwise each process takes its own.
+        full: The full tensor; on other ranks than 0 only its shape and type matter if ``from_rank_0``.
+        target: A sharded parameter.
+        from_rank_0: Scatter the values of rank 0; collective. Otherwise each rank has the full tensor.
     """
     assert isinstance(target, DTensor)
     source_rank = 0 if from_rank_0 else None
-    own = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=source_rank)
+    sharded = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=source_rank)
     with torch.no_grad():
-        target.to_local().copy_(own.to_local())
+        target.to_local().copy_(sharded.to_local())
 
 
 def peak_host_memory() -> list[float]:
-    """The most host memory that each process has had so far, GiB; collective."""
+    """Peak host memory of each rank so far, GiB; collective."""
     peaks = [0.0] * dist.get_world_size()
     dist.all_gather_object(peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     return peaks

@@ -9,7 +9,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from remax_lightning.models.adapter_folder import adapter_base, tokenizer_folder
-from remax_lightning.models.tokenizer import load_tokenizer, looks_like_folder, prepared_tokenizer
+from remax_lightning.models.hub import check_reachable, looks_like_folder
+from remax_lightning.models.tokenizer import load_tokenizer, prepared_tokenizer
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ class ModelSource:
         """
         folder = self.path if self.architecture is None else self.architecture
         if folder is not None:
-            config = AutoConfig.from_pretrained(adapter_base(existing(folder)) or folder, **overrides)
+            folder = adapter_base(existing(folder)) or folder
+            check_reachable(folder)
+            config = AutoConfig.from_pretrained(folder, **overrides)
             config.name_or_path = str(self.path)  # that of an adapter folder, not of its base
         else:
             config = self._build_config(overrides)

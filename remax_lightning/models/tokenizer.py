@@ -1,7 +1,7 @@
 """One way of writing a conversation as tokens, for rollouts, training and reward scoring alike.
 
 The prompt and the response are always tokenized apart, so a prompt has the same tokens wherever it occurs and
-`encode_prompt(...) + encode_response(...)` is a whole training sequence.
+`encode_prompt(...) + encode_response(...)` is a training sequence.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from remax_lightning.models.hub import check_reachable
 
 Prompt: TypeAlias = str | list[dict[str, str]]
 """Plain text, or chat messages, each with a `role` and a `content`."""
@@ -21,18 +23,14 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
 
     Args:
         path: Folder or hub name.
-        chat_template: Jinja text, or a path to a `.jinja` file, in place of the tokenizer's own chat template.
+        chat_template: Jinja text, or a path to a `.jinja` file, in place of the tokenizer's chat template.
 
     Raises:
-        FileNotFoundError: If `path` is written like a folder and there is none.
+        FileNotFoundError: If `path` is neither an existing folder nor a hub name that is cached or can be reached.
         ValueError: If the tokenizer has neither a pad nor an eos token.
     """
-    folder = Path(path).expanduser()
-    if looks_like_folder(path) and not folder.exists():
-        raise FileNotFoundError(
-            f"no tokenizer folder {path!r}; give an existing folder with tokenizer files, or a hub name 'owner/name'"
-        )
-    return prepared_tokenizer(AutoTokenizer.from_pretrained(str(folder)), chat_template)
+    check_reachable(path, "tokenizer")
+    return prepared_tokenizer(AutoTokenizer.from_pretrained(str(Path(path).expanduser())), chat_template)
 
 
 def prepared_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -61,9 +59,9 @@ def have_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedToken
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Tokens of a prompt, up to where the response begins.
 
-    Text keeps the special tokens that the tokenizer puts in front (a BOS token that the text already starts with is not
-    doubled) and loses those it puts behind. Messages are rendered by the chat template, with the generation prompt;
-    their special tokens are the template's own.
+    Of the special tokens that the tokenizer adds to text, those in front stay (a BOS token that the text already starts
+    with is not doubled) and those behind are dropped. Messages are rendered by the chat template, with the generation
+    prompt; their special tokens are the template's.
 
     Args:
         tokenizer: Tokenizer; with a chat template if the prompt is a list of messages.
@@ -125,18 +123,18 @@ def _response_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response:
         return response
     before = _render(tokenizer, prompt, add_generation_prompt=True)
     turn = {"role": "assistant", "content": response}
-    whole = _render(tokenizer, [*prompt, turn], add_generation_prompt=False)
-    return whole[len(before) :] if whole.startswith(before) else response
+    conversation = _render(tokenizer, [*prompt, turn], add_generation_prompt=False)
+    return conversation[len(before) :] if conversation.startswith(before) else response
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase, ids: list[int], leading: list[int]) -> list[int]:
-    """Put the leading special tokens in front of a text's, unless it starts with a BOS token of its own."""
-    has_own_bos = ids[:1] == leading[-1:] == [tokenizer.bos_token_id]
-    return ids if has_own_bos else leading + ids
+    """Prepend the leading special tokens to those of a text, unless the text itself starts with a BOS token."""
+    has_bos = ids[:1] == leading[-1:] == [tokenizer.bos_token_id]
+    return ids if has_bos else leading + ids
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, cut_blanks: bool) -> list[int]:
-    """Make the last token one that ends a response; blanks that a template writes behind such a token go."""
+    """Make the last token one that ends a response; blanks that a template writes behind it are dropped."""
     end = len(ids)
     while cut_blanks and end and not str(tokenizer.decode([ids[end - 1]])).strip():
         end -= 1
@@ -170,8 +168,3 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     return tokenizer.decode([token], skip_special_tokens=True) == "" != tokenizer.decode([token])
-
-
-def looks_like_folder(path: str) -> bool:
-    """Whether a name can only be a local path, not a hub name."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path

@@ -30,8 +30,8 @@ from remax_lightning.modules.gradients import GradientAccumulation, Losses, clip
 from remax_lightning.modules.hyperparameters import as_plain, constructor_arguments
 from remax_lightning.modules.means import Means
 from remax_lightning.modules.optimizers import LearningRateSchedule, configured_schedule, parameter_groups
-from remax_lightning.modules.supported import check_trainer
 from remax_lightning.modules.timing import PhaseTimer
+from remax_lightning.supported import check_supported
 
 MAX_SKIPPED_STEPS = 10
 """A run whose steps are all skipped learns nothing; ten in a row are no accident."""
@@ -138,7 +138,7 @@ class TrainableModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what this loop cannot do right."""
-        check_trainer(self.trainer, is_sharded=self.sharding is not None)
+        check_supported(self.trainer.strategy, self.trainer.precision)
 
     def load_model(self, loader: Loader, source: ModelSource) -> PreTrainedModel:
         """A model of a source to train: with adapters, sharded and with checkpointed activations, as configured."""

@@ -1,7 +1,7 @@
 """Run a model on tensors without data (the meta device) and count the memory that it would take on a GPU.
 
-Every operation of the forward and the backward pass is seen, so the count holds for any architecture. What differs
-between the meta device and a GPU is made up for: attention in one kernel, autocast, questions about values.
+Every operation of the forward and the backward pass is seen, so the count holds for any architecture. Where the meta
+device differs from a GPU it is made to act like one: attention in one kernel, autocast, questions about values.
 """
 
 import weakref
@@ -34,6 +34,8 @@ HALF = {
 """What autocast runs in bfloat16."""
 SINGLE = {F.layer_norm, F.softmax, F.log_softmax, torch.softmax, Tensor.softmax, torch.pow, Tensor.pow, torch.rsqrt}
 """What autocast runs in float32 on a GPU."""
+WITH_SCRATCH = {torch.logsumexp, Tensor.logsumexp}
+"""What allocates a tensor like its input while it runs, which the meta device does not."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Usage:
     """Memory of a pass through a model beside its parameters and their gradients, bytes.
 
     Attributes:
-        saved: Kept at the end of the forward pass for the backward pass.
+        saved: What the backward pass needs of the forward pass.
         peak: The most at once, in the forward or the backward pass.
-        copies: Copies of trained parameters in bfloat16, which autocast keeps.
+        copies: Copies of trained parameters in bfloat16, which autocast caches.
         cache: Keys and values.
     """
 
@@ -53,8 +55,8 @@ class Usage:
     cache: int = 0
 
 
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside of the context, each storage once.
+class AllocationTracker(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside the context, each storage once.
 
     Args:
         is_padded: Answer to a model that asks whether a padding mask has padding in it; values are not known here.
@@ -62,7 +64,7 @@ class Ledger(TorchDispatchMode):
     Attributes:
         live: Bytes of the tensors that exist now.
         peak: The most bytes that existed at once.
-        added: Those of them that were added by hand.
+        added: Bytes that were added by :meth:`add`.
     """
 
     def __init__(self, is_padded: bool = False) -> None:
@@ -74,11 +76,11 @@ class Ledger(TorchDispatchMode):
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Do not count these tensors, nor views of them."""
         for tensor in tensors:
-            self._note(tensor, 0)
+            self._track(tensor, 0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is made inside of the context is never counted."""
+        """What is made inside the context is never counted."""
         self.is_paused = True
         try:
             yield
@@ -88,16 +90,19 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation and note what it made."""
+        """Run an operation and track its outputs."""
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._answer(args[0])
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:  # all are: the most memory
+            func, args = torch.ops.aten.new_empty.default, (args[0], [args[0].numel(), args[0].dim()])
+            kwargs = {"dtype": torch.int64}
         outputs = func(*args, **(kwargs or {}))
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor):
-                self._note(output, 0 if self.is_paused else output.untyped_storage().nbytes())
+                self._track(output, 0 if self.is_paused else output.untyped_storage().nbytes())
         return outputs
 
-    def _note(self, tensor: Tensor, size: int) -> None:
+    def _track(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -111,7 +116,7 @@ class Ledger(TorchDispatchMode):
         self._count(size)
 
     def add(self, size: int) -> None:
-        """Count so many bytes from here on."""
+        """Count these bytes, too, from here on."""
         self.added += size
         self._count(size)
 
@@ -127,21 +132,23 @@ class Ledger(TorchDispatchMode):
         raise NotImplementedError(f"the value of a tensor of type {tensor.dtype} is asked for")
 
 
-class Accelerator(TorchFunctionMode):
+class CudaOnMeta(TorchFunctionMode):
     """Computes on the meta device as on a GPU: attention without the scores of all pairs of tokens, and autocast.
 
     Args:
-        ledger: Does not count the copies of trained parameters, which autocast keeps to its end.
+        tracker: Does not count the copies of trained parameters, which autocast caches until it ends.
         autocast: Whether to compute under bfloat16 autocast.
-
-    Attributes:
-        copies: Those copies, by the parameter's id.
     """
 
-    def __init__(self, ledger: Ledger, autocast: bool) -> None:
+    def __init__(self, tracker: AllocationTracker, autocast: bool) -> None:
         super().__init__()
-        self.ledger, self.autocast = ledger, autocast
-        self.copies: dict[int, Tensor] = {}
+        self.tracker, self.autocast = tracker, autocast
+        self.copies: dict[int, Tensor] = {}  # by the parameter's id
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the copies of trained parameters."""
+        return sum(copy.nbytes for copy in self.copies.values())
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -153,7 +160,11 @@ class Accelerator(TorchFunctionMode):
         elif self.autocast and func in SINGLE:
             arguments = tree_map(_single, arguments)
         call = attention if func is F.scaled_dot_product_attention else func
-        return call(*arguments[0], **arguments[1])
+        with torch.no_grad():
+            scratch = torch.empty_like(arguments[0][0]) if func in WITH_SCRATCH else None
+        result = call(*arguments[0], **arguments[1])
+        del scratch
+        return result
 
     def _half(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
@@ -161,7 +172,7 @@ class Accelerator(TorchFunctionMode):
         if not (value.is_leaf and value.requires_grad):
             return value.bfloat16()
         if id(value) not in self.copies:
-            with self.ledger.paused():
+            with self.tracker.paused():
                 self.copies[id(value)] = value.bfloat16()
         return self.copies[id(value)]
 
@@ -180,7 +191,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` by a kernel that keeps queries, keys, values, its output and one sum a row."""
+    """``scaled_dot_product_attention`` by a kernel that saves queries, keys, values, its output and one sum per row."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -190,30 +201,27 @@ def attention(
 @contextmanager
 def dry_run(
     model: nn.Module, *, autocast: bool, is_padded: bool, gradient_size: float = 0.0
-) -> Iterator[tuple[Ledger, Accelerator]]:
+) -> Iterator[tuple[AllocationTracker, CudaOnMeta]]:
     """Inside the context the memory of what a model on the meta device computes is counted; its parameters are not.
 
     Args:
         model: The model.
         autocast: Whether to compute under bfloat16 autocast.
         is_padded: Whether the masks that the model is given have padding in them.
-        gradient_size: Bytes that are kept of each number in the gradient of a parameter, once it is there.
+        gradient_size: Bytes that are stored of each number in a parameter's gradient once it is accumulated.
     """
-    ledger = Ledger(is_padded)
-    ledger.leave_out([*model.parameters(), *model.buffers()])
+    tracker = AllocationTracker(is_padded)
+    tracker.leave_out([*model.parameters(), *model.buffers()])
 
-    def keep(parameter: Tensor) -> None:
+    def store(parameter: Tensor) -> None:
         parameter.grad = None
-        ledger.add(int(gradient_size * parameter.numel()))
+        tracker.add(int(gradient_size * parameter.numel()))
 
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(keep)
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    ]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(store) for parameter in trained]
     try:
-        with ledger, Accelerator(ledger, autocast) as accelerator:
-            yield ledger, accelerator
+        with tracker, CudaOnMeta(tracker, autocast) as cuda:
+            yield tracker, cuda
     except NotImplementedError as error:
         raise ValueError(
             f"{type(model).__name__} cannot be run without data, so its memory is not known beforehand: {error}"

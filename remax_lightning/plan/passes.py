@@ -1,120 +1,86 @@
 """The passes of a run through its models, each as a dry run: training, scoring, prefill and decoding."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from remax_lightning.functional.fused_head import fused_log_probs, fused_policy_gradient
 from remax_lightning.functional.log_probs import entropy, token_log_probs
-from remax_lightning.models.head import without_head
+from remax_lightning.models.head import plain_head, without_head
 from remax_lightning.models.scalar_model import sequence_scores
-from remax_lightning.plan.dry_run import Ledger, Usage, dry_run
+from remax_lightning.plan.dry_run import AllocationTracker, CudaOnMeta, Usage, dry_run
 from remax_lightning.rollout.kv_cache import PreallocatedCache
 from remax_lightning.rollout.next_logits import decoding_step
 from remax_lightning.rollout.sampling import sample_tokens
 from remax_lightning.rollout.types import Sampling
 
 
-def plain_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The head of a model on the meta device whose logits are what the head returns; None for any other model.
-
-    Such a head's logits never exist for all tokens at once, see :func:`remax_lightning.models.head.plain_head`.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return None
-    mark = torch.empty(1, 1, head.out_features, device="meta")
-    handle = head.register_forward_hook(lambda _, __, output: mark)
-    try:
-        with torch.no_grad(), dry_run(model, autocast=False, is_padded=False):
-            ids = _ids(1, 1)
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    finally:
-        handle.remove()
-    return head if logits.untyped_storage()._cdata == mark.untyped_storage()._cdata else None
-
-
-@contextmanager
-def _apart_from_head(head: nn.Linear | None) -> Iterator[None]:
-    if head is None:
-        yield
-        return
-    with without_head(head):
-        yield
+def chunked_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head of a model on the meta device if its logits are computed in chunks, so that all never exist at once."""
+    with dry_run(model, autocast=False, is_padded=False):
+        return plain_head(model)
 
 
 def language_model_training(
-    model: PreTrainedModel, rows: int, length: int, num_kept: int, gradient_size: float = 0.0, *, autocast: bool = False
+    model: PreTrainedModel, rows: int, length: int, learned: int, gradient_size: float = 0.0, *, autocast: bool = False
 ) -> Usage:
     """Forward and backward pass of full-length rows as in :func:`remax_lightning.models.next_token.policy_gradient_of`.
 
-    A plain head, whose memory is bounded, is left out.
+    A head that is computed in chunks is left out.
 
     Args:
         model: Causal language model on the meta device, in training mode.
         rows: Sequences, B.
         length: Tokens in each, L.
-        num_kept: Last positions of each row that are learned from.
-        gradient_size: Bytes that are kept of each number in the parameters' gradients, if they come in this pass; their
-            sum is left out of what it takes, but not when it takes it.
+        learned: Last positions of each row that are learned from.
+        gradient_size: Bytes stored of each number in the parameters' gradients, if they come in this pass; their sum is
+            left out of the usage, but not when they come.
         autocast: Whether bfloat16 autocast is on.
     """
-    head = plain_head(model)
-    context = dry_run(model, autocast=autocast, is_padded=False, gradient_size=gradient_size)
-    with context as (ledger, accelerator):
-        with _apart_from_head(head):
-            ids = _ids(rows, length)
-            mask = torch.ones_like(ids)
-            states = model(input_ids=ids, attention_mask=mask, logits_to_keep=num_kept + 1, use_cache=False).logits
-            del ids, mask
-        if head is not None:
-            with ledger.paused():  # the head has gathered them
-                hidden = states[:, :-1].flatten(0, 1).clone()
-            del states
-            return _backward(hidden, ledger, accelerator.copies)
-        logits = states[:, :-1].flatten(0, 1).clone()
+    head = chunked_head(model)
+    with dry_run(model, autocast=autocast, is_padded=False, gradient_size=gradient_size) as (tracker, cuda):
+        states = _states(model, head, rows, length, learned)
+        # the head gathers the hidden states of its tokens itself
+        with nullcontext() if head is None else tracker.paused():
+            output = states.flatten(0, 1).clone()
         del states
-        log_probs = token_log_probs(logits, torch.empty(len(logits), dtype=torch.long, device="meta"))
-        with torch.no_grad():
-            entropy(logits)
-        del logits
-        return _backward(log_probs, ledger, accelerator.copies)
+        if head is None:
+            output, logits = token_log_probs(output, torch.empty(len(output), dtype=torch.long, device="meta")), output
+            with torch.no_grad():
+                entropy(logits)
+            del logits
+        return _backward(output, tracker, cuda)
 
 
 def scalar_model_training(
     model: PreTrainedModel, rows: int, length: int, gradient_size: float = 0.0, *, autocast: bool = False
 ) -> Usage:
     """Forward and backward pass of padded rows through a reward or value model; arguments as above."""
-    context = dry_run(model, autocast=autocast, is_padded=True, gradient_size=gradient_size)
-    with context as (ledger, accelerator):
-        scores = _scores(model, rows, length)
-        return _backward(scores, ledger, accelerator.copies)
+    with dry_run(model, autocast=autocast, is_padded=True, gradient_size=gradient_size) as (tracker, cuda):
+        return _backward(_scores(model, rows, length), tracker, cuda)
 
 
 def language_model_scoring(
-    model: PreTrainedModel, rows: int, length: int, num_kept: int, *, autocast: bool = False
+    model: PreTrainedModel, rows: int, length: int, learned: int, *, autocast: bool = False
 ) -> Usage:
     """Forward pass without gradient; arguments as in :func:`language_model_training`."""
-    head = plain_head(model)
-    with torch.no_grad(), dry_run(model, autocast=autocast, is_padded=False) as (ledger, accelerator):
-        with _apart_from_head(head):
-            ids = _ids(rows, length)
-            mask = torch.ones_like(ids)
-            states = model(input_ids=ids, attention_mask=mask, logits_to_keep=num_kept + 1, use_cache=False).logits
+    head = chunked_head(model)
+    with torch.no_grad(), dry_run(model, autocast=autocast, is_padded=False) as (tracker, cuda):
+        states = _states(model, head, rows, length, learned)
         if head is None:
-            tokens = torch.empty(rows, num_kept, dtype=torch.long, device="meta")
-            token_log_probs(states[:, :-1].clone(), tokens)
-        return Usage(saved=ledger.live, peak=ledger.peak, copies=_bytes(accelerator.copies))
+            token_log_probs(states.clone(), torch.empty(rows, learned, dtype=torch.long, device="meta"))
+        return Usage(saved=tracker.live, peak=tracker.peak, copies=cuda.copied_bytes)
 
 
 def scalar_model_scoring(model: PreTrainedModel, rows: int, length: int, *, autocast: bool = False) -> Usage:
     """Forward pass of padded rows without gradient through a reward or value model."""
-    with torch.no_grad(), dry_run(model, autocast=autocast, is_padded=True) as (ledger, accelerator):
+    with torch.no_grad(), dry_run(model, autocast=autocast, is_padded=True) as (tracker, cuda):
         _scores(model, rows, length)
-        return Usage(peak=ledger.peak, copies=_bytes(accelerator.copies))
+        return Usage(peak=tracker.peak, copies=cuda.copied_bytes)
 
 
 def rollout(
@@ -136,41 +102,69 @@ def rollout(
     cache = PreallocatedCache(model.config.get_text_config().num_hidden_layers, rows, lengths[1])
     with torch.no_grad(), dry_run(model, autocast=autocast, is_padded=True):
         _step(model, cache, prompts, 1)  # which allocates the cache
-    cache.reset()
-    prefill = _decoding(model, cache, prompts, lengths[0], rows, sampling, autocast)
-    for layer in cache.attention_layers:
-        layer.length = lengths[1] - 1
-    return prefill, _decoding(model, cache, rows, 1, rows, sampling, autocast)
-
-
-def _decoding(
-    model: PreTrainedModel,
-    cache: PreallocatedCache,
-    batch: int,
-    width: int,
-    rows: int,
-    sampling: Sampling,
-    autocast: bool,
-) -> Usage:
-    """Memory of one call of the model on (batch, width) tokens, and of the next tokens of all rows."""
     cached = [each for layer in cache.attention_layers for each in (layer.keys, layer.values) if each is not None]
-    with torch.no_grad(), dry_run(model, autocast=autocast, is_padded=True) as (ledger, accelerator):
-        ledger.leave_out(cached)
-        logits = _step(model, cache, batch, width)
-        if batch != rows or width > 1:
-            prompt = torch.empty(rows, dtype=torch.long, device="meta")
-            logits = logits[prompt]
-            cache.copy_rows(prompt, prompt)
-        sample_tokens(logits, torch.empty(rows, device="meta"), sampling)
-    size = sum(each.nbytes for each in cached)
-    return Usage(peak=ledger.peak, copies=_bytes(accelerator.copies), cache=size)
+    usages: list[Usage] = []
+    for filled, batch, width in ((0, prompts, lengths[0]), (lengths[1] - 1, rows, 1)):
+        cache.reset()
+        for layer in cache.attention_layers:
+            layer.length = filled
+        with torch.no_grad(), dry_run(model, autocast=autocast, is_padded=True) as (tracker, cuda):
+            tracker.leave_out(cached)
+            logits = _step(model, cache, batch, width)
+            if not usages:  # each response starts from its prompt's
+                prompt = torch.empty(rows, dtype=torch.long, device="meta")
+                logits = logits[prompt]
+                cache.copy_rows(prompt, prompt)
+            sample_tokens(logits, torch.empty(rows, device="meta"), sampling)
+            size = sum(each.nbytes for each in cached)
+            usages.append(Usage(peak=tracker.peak, copies=cuda.copied_bytes, cache=size))
+            del logits
+    return usages[0], usages[1]
+
+
+def head_training(model: PreTrainedModel, tokens: int, *, autocast: bool) -> Usage:
+    """Forward and backward pass of a head that is computed in chunks, from the hidden states of the tokens on.
+
+    Nothing for any other head, which is part of the passes above.
+    """
+    if (head := chunked_head(model)) is None:
+        return Usage()
+    with dry_run(model, autocast=False, is_padded=False) as (tracker, cuda):
+        output = _call_head(fused_policy_gradient, head, autocast, tokens, torch.empty(tokens, device="meta"))
+        return _backward(output.loss, tracker, cuda)
+
+
+def head_scoring(model: PreTrainedModel, tokens: int, *, autocast: bool) -> Usage:
+    """As :func:`head_training`, the log-probs alone and without gradient."""
+    if (head := chunked_head(model)) is None:
+        return Usage()
+    with torch.no_grad(), dry_run(model, autocast=False, is_padded=False) as (tracker, _):
+        _call_head(fused_log_probs, head, autocast, tokens)
+        return Usage(peak=tracker.peak)
+
+
+def _call_head(function: Callable[..., Any], head: nn.Linear, autocast: bool, tokens: int, *arguments: Tensor) -> Any:
+    """Call a function of the fused head, under autocast with the copies that it would make."""
+    ids = torch.empty(tokens, dtype=torch.long, device="meta")
+    hidden = torch.empty(tokens, head.in_features, dtype=head.weight.dtype, device="meta", requires_grad=True)
+    given = [hidden, head.weight, head.bias]
+    if autocast:
+        given = [each if each is None else each.bfloat16() for each in given]
+    return function(given[0], given[1], ids, *arguments, bias=given[2])
 
 
 def _step(model: PreTrainedModel, cache: PreallocatedCache, rows: int, width: int) -> Tensor:
     ids = _ids(rows, width)
-    length = cache.attention_layers[0].length + width
-    mask = torch.ones(rows, length, dtype=torch.bool, device="meta")
+    mask = torch.ones(rows, cache.attention_layers[0].length + width, dtype=torch.bool, device="meta")
     return decoding_step(model, ids, mask, torch.zeros_like(ids), cache)
+
+
+def _states(model: PreTrainedModel, head: nn.Linear | None, rows: int, length: int, learned: int) -> Tensor:
+    """Logits at the positions that are learned from, (B, K, V); hidden states, (B, K, H), if the head is left out."""
+    ids = _ids(rows, length)
+    with nullcontext() if head is None else without_head(head):
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": learned + 1}
+        return model(**arguments, use_cache=False).logits[:, :-1]
 
 
 def _scores(model: PreTrainedModel, rows: int, length: int) -> Tensor:
@@ -182,13 +176,9 @@ def _ids(rows: int, length: int) -> Tensor:
     return torch.zeros(rows, length, dtype=torch.long, device="meta")
 
 
-def _backward(output: Tensor, ledger: Ledger, copies: dict[int, Tensor]) -> Usage:
-    saved = ledger.live
-    # torch.autograd.backward would leave the accelerator, which the forward pass of a checkpointed block needs again
+def _backward(output: Tensor, tracker: AllocationTracker, cuda: CudaOnMeta) -> Usage:
+    saved = tracker.live
+    # torch.autograd.backward would leave the mode that a checkpointed block needs when it runs forward again
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward((output,), (torch.empty_like(output),), False, False, (), True, True)
-    return Usage(saved=saved, peak=ledger.peak - ledger.added, copies=_bytes(copies))
-
-
-def _bytes(tensors: dict[int, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return Usage(saved=saved, peak=tracker.peak - tracker.added, copies=cuda.copied_bytes)

@@ -1,28 +1,26 @@
-"""The moments of a step at which memory may be at its peak, for a run and for a PPO of the same size."""
+"""The points of a step at which memory may be at its peak, for a run and for a PPO of the same size."""
 
 from dataclasses import replace
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from remax_lightning.plan import passes
-from remax_lightning.plan.bench import Bench, Body
+from remax_lightning.plan.cache import DryRunCache
 from remax_lightning.plan.dry_run import Usage
-from remax_lightning.plan.memory import Moment, Phase, Plan, moment
-from remax_lightning.plan.models import Weights, load_config
-from remax_lightning.plan.recipe import Recipe, Scorer
-
-Terms = dict[str, int]
-LENGTH_STEP = 128
-"""A compiled rollout rounds the length of its cache up to a multiple of this."""
+from remax_lightning.plan.memory import MemoryPoint, Plan
+from remax_lightning.plan.models import ModelSpec, Weights
+from remax_lightning.plan.recipe import Recipe
+from remax_lightning.rollout.next_logits import compiled_length
+from remax_lightning.rollout.types import Sampling
 
 
-def plan(recipe: Recipe, bench: Bench) -> Plan:
+def plan(recipe: Recipe, cache: DryRunCache) -> Plan:
     """The memory of one GPU over a step, every sequence at its full length."""
-    run = _Run(recipe, bench)
-    phases = [Phase("training", tuple(run.training()))]
-    if recipe.has_rollouts:
-        phases = [Phase("rollout", tuple(run.rollout())), Phase("scoring", tuple(run.scoring())), *phases]
-    return Plan("PPO" if recipe.trains_value else recipe.name, tuple(phases))
+    step = _Step(recipe, cache)
+    phases = {"training": step.training()}
+    if recipe.sampling is not None:
+        phases = {"rollout": step.rollout(recipe.sampling), "scoring": step.scoring(), **phases}
+    return Plan("PPO" if recipe.trains_value else recipe.name, phases)
 
 
 def as_ppo(recipe: Recipe) -> Recipe:
@@ -30,182 +28,161 @@ def as_ppo(recipe: Recipe) -> Recipe:
 
     Policy and value model are updated one after the other, so the activations of only one exist at a time.
     """
-    return replace(recipe, method="PolicyGradientModule", trains_value=True)
+    return replace(recipe, decodes_greedy=False, trains_value=True)
 
 
-def value_body(recipe: Recipe) -> Body:
-    """The value model: as the reward model if that is a decoder, else as the policy; kept in the policy's type."""
-    source, name = recipe.source, "model.policy"
+def value_model(recipe: Recipe) -> ModelSpec:
+    """The value model: as the reward model if that is a decoder, else as the policy; stored in the policy's type."""
+    source, name = recipe.model.source, recipe.model.name
     for scorer in recipe.scorers[:1]:
-        if load_config(scorer.source, scorer.name).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            source, name = replace(scorer.source, dtype=recipe.source.dtype), scorer.name
-    return Body(source, name, is_scalar=True, is_trained=True, is_checkpointed=recipe.activation_checkpointing)
+        if scorer.spec.load_config().model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            source, name = replace(scorer.spec.source, dtype=source.dtype), scorer.spec.name
+    return ModelSpec(source, name, is_scalar=True, is_trained=True, is_checkpointed=recipe.model.is_checkpointed)
 
 
-class _Run:
-    """A recipe with what all moments have in common."""
+class _Step:
+    """A recipe with what all points have in common."""
 
-    def __init__(self, recipe: Recipe, bench: Bench) -> None:
-        self.recipe, self.layout, self.bench = recipe, recipe.layout, bench
-        self.body = Body(
-            recipe.source,
-            "model.model" if recipe.method == "RewardModel" else "model.policy",
-            is_scalar=recipe.method == "RewardModel",
-            is_trained=True,
-            is_checkpointed=recipe.activation_checkpointing,
-            lora=recipe.lora,
-        )
-        self.weights = bench.weights(self.body, recipe.optimizer, self.layout)
-        self.value = value_body(recipe) if recipe.trains_value else None
-        self.value_weights = None if self.value is None else bench.weights(self.value, recipe.optimizer, self.layout)
-        self.head = None if self.body.is_scalar else bench.head(self.body, self.layout)
+    def __init__(self, recipe: Recipe, cache: DryRunCache) -> None:
+        self.recipe, self.layout, self.cache = recipe, recipe.layout, cache
+        self.weights = cache.weights(recipe.model, recipe.optimizer, self.layout)
+        self.value: tuple[ModelSpec, Weights] | None = None
+        if recipe.trains_value:
+            spec = value_model(recipe)
+            self.value = (spec, cache.weights(spec, recipe.optimizer, self.layout))
         self.states = self._states()
 
-    def _states(self) -> Terms:
-        """What is there all the time."""
-        layout, scorers = self.layout, self.recipe.scorers
-        terms = {
+    def _states(self) -> dict[str, int]:
+        """What is in memory all the time."""
+        recipe, layout, reference = self.recipe, self.layout, self._separate_reference
+        is_compiled = recipe.engine == "compiled" and recipe.sampling is not None
+        states = {
             "master weights": self.weights.masters,
             "optimizer states": self.weights.optimizer,
             "gradients": self.weights.gradients if layout.has_buckets else 0,
-            "reference": 0 if self._own_reference is None else self.bench.frozen(self._own_reference, layout),
-            "reward model": sum(self.bench.frozen(_scorer_body(scorer), layout) for scorer in scorers),
-            "KV cache": self._rollout_usages()[0].cache if self.recipe.keeps_cache else 0,
+            "reference": 0 if reference is None else self.cache.frozen(reference, layout),
+            "reward model": sum(self.cache.frozen(scorer.spec, layout) for scorer in recipe.scorers),
+            "KV cache": self._rollout_usages(recipe.sampling)[0].cache if is_compiled and recipe.sampling else 0,
         }
-        if self.value_weights is not None:
-            buckets = self.value_weights.gradients if layout.has_buckets else 0
-            terms["value model"] = self.value_weights.masters + self.value_weights.optimizer + buckets
-        return terms
+        if self.value is not None:
+            _, value = self.value
+            states["value model"] = value.masters + value.optimizer + (value.gradients if layout.has_buckets else 0)
+        return states
+
+    def _point(self, name: str, *parts: dict[str, int]) -> MemoryPoint:
+        return MemoryPoint.of(name, self.states, *parts)
 
     @property
-    def _own_reference(self) -> Body | None:
-        """The reference, if it is a model of its own: without its adapters a policy is its own reference."""
-        if not self.recipe.has_reference or (self.recipe.lora is not None and self.recipe.reference is None):
+    def _separate_reference(self) -> ModelSpec | None:
+        """The reference, if it has weights of its own: a policy with adapters is its own reference without them."""
+        recipe = self.recipe
+        if recipe.has_reference and recipe.reference is not None:
+            return recipe.reference
+        if not recipe.has_reference or recipe.model.lora is not None:
             return None
-        if self.recipe.reference is None:
-            is_half = (
-                self.layout.is_sharded and self.layout.itemsize == 2
-            )  # a split copy has the type of the computation
-            source = replace(self.recipe.source, dtype="bfloat16") if is_half else self.recipe.source
-            return Body(source, "model.policy")
-        return Body(self.recipe.reference, "model.reference")
+        source = recipe.model.source
+        if self.layout.itemsize == 2:  # a sharded copy is stored in the type of the computation
+            source = replace(source, dtype="bfloat16")
+        return ModelSpec(source, recipe.model.name)
 
-    def rollout(self) -> list[Moment]:
-        """Prefill and the last step of decoding, the whole policy gathered."""
-        if not self.recipe.has_engine:
-            return [moment("in another engine", self.states)]
-        copy = self.bench.gathered(self.body, self.layout)
-        moments = []
-        for name, usage in zip(("prefill", "decoding"), self._rollout_usages(), strict=True):
-            cache = 0 if self.recipe.keeps_cache else usage.cache
-            own = {"compute copy": copy + usage.copies, "KV cache": cache, "activations": usage.peak}
-            moments.append(moment(name, self.states, own))
-        return moments
+    def rollout(self, sampling: Sampling) -> list[MemoryPoint]:
+        """Prefill and the last step of decoding, the policy gathered."""
+        if self.recipe.engine == "other":
+            return [self._point("in another engine")]
+        gathered = self.cache.gathered(self.recipe.model, self.layout)
+        points = []
+        for name, usage in zip(("prefill", "decoding"), self._rollout_usages(sampling), strict=True):
+            cache = {} if self.recipe.engine == "compiled" else {"KV cache": usage.cache}
+            working = {"compute copy": gathered + usage.copies, "activations": usage.peak}
+            points.append(self._point(name, cache, working))
+        return points
 
-    def _rollout_usages(self) -> tuple[Usage, Usage]:
+    def _rollout_usages(self, sampling: Sampling) -> tuple[Usage, Usage]:
         recipe = self.recipe
-        columns = recipe.length
-        if recipe.keeps_cache:
-            columns = -(-columns // LENGTH_STEP) * LENGTH_STEP
-        body = replace(self.body, is_checkpointed=False)
-        arguments = (recipe.batch_size, recipe.decoded_rows, (recipe.prompt_length, columns), recipe.sampling)
-        return self.bench.run(passes.rollout, body, self.layout, *arguments)
+        columns = compiled_length(recipe.length) if recipe.engine == "compiled" else recipe.length
+        arguments = (recipe.batch_size, recipe.decoded_rows, (recipe.prompt_length, columns), sampling)
+        spec = replace(recipe.model, is_checkpointed=False)
+        return self.cache.run(passes.rollout, spec, self.layout, *arguments)
 
-    def scoring(self) -> list[Moment]:
+    def scoring(self) -> list[MemoryPoint]:
         """Reward, reference and value model one after the other."""
-        moments = [self._reward(scorer) for scorer in self.recipe.scorers if scorer.name.startswith("model.reward")]
-        if self.recipe.has_reference:
-            moments.append(self._reference())
-        if self.value is not None and self.value_weights is not None:
-            rows = self.recipe.micro_rows
-            usage = self.bench.run(passes.scalar_model_scoring, self.value, self.layout, rows, self.recipe.length)
-            copy = self.value_weights.working + usage.copies
-            moments.append(moment("value model", self.states, {"compute copy": copy, "activations": usage.peak}))
-        return moments or [moment("reward", self.states)]
+        recipe, points = self.recipe, []
+        for scorer in recipe.scorers:
+            if scorer.spec.name.startswith("model.reward"):  # a judge scores in evaluations alone
+                rows = min(scorer.batch_size, recipe.decoded_rows)
+                length = min(scorer.max_length or recipe.length, recipe.length)
+                usage = self.cache.run(passes.scalar_model_scoring, scorer.spec, self.layout, rows, length)
+                points.append(self._forward("reward model", self.cache.gathered(scorer.spec, self.layout), usage))
+        if recipe.has_reference:
+            points.append(self._reference())
+        if self.value is not None:
+            spec, weights = self.value
+            usage = self.cache.run(passes.scalar_model_scoring, spec, self.layout, recipe.micro_rows, recipe.length)
+            points.append(self._forward("value model", weights.working, usage))
+        return points or [self._point("reward")]
 
-    def _reward(self, scorer: Scorer) -> Moment:
-        rows = min(scorer.batch_size, self.recipe.decoded_rows)
-        length = min(scorer.max_length or self.recipe.length, self.recipe.length)
-        body = _scorer_body(scorer)
-        usage = self.bench.run(passes.scalar_model_scoring, body, self.layout, rows, length)
-        copy = self.bench.gathered(body, self.layout) + usage.copies
-        return moment("reward model", self.states, {"compute copy": copy, "activations": usage.peak})
+    def _forward(self, name: str, gathered: int, usage: Usage, head: int = 0) -> MemoryPoint:
+        working = {"compute copy": gathered + usage.copies, "activations": usage.peak, "head": head}
+        return self._point(name, working)
 
-    def _reference(self) -> Moment:
+    def _reference(self) -> MemoryPoint:
         recipe = self.recipe
-        body = self._own_reference or replace(self.body, is_checkpointed=False)
-        kept = recipe.sampling.max_new_tokens
-        arguments = (recipe.micro_rows, recipe.length, kept)
-        usage = self.bench.run(passes.language_model_scoring, body, self.layout, *arguments)
-        head = self.bench.head(body, self.layout)
-        tokens = recipe.micro_rows * kept
-        own = {
-            "compute copy": self.bench.gathered(body, self.layout) + usage.copies,
-            "activations": usage.peak,
-            "head": 0 if head is None else head.scoring(tokens),
-        }
-        return moment("reference", self.states, own)
+        spec = self._separate_reference or replace(recipe.model, is_checkpointed=False)
+        rows, learned = recipe.micro_rows, recipe.learned_length
+        usage = self.cache.run(passes.language_model_scoring, spec, self.layout, rows, recipe.length, learned)
+        head = self.cache.run(passes.head_scoring, spec, self.layout, rows * learned)
+        return self._forward("reference", self.cache.gathered(spec, self.layout), usage, head.peak)
 
-    def training(self) -> list[Moment]:
+    def training(self) -> list[MemoryPoint]:
         """The head, the rest of the backward pass and the optimizer's step, of the policy and of the value model."""
-        recipe, usage = self.recipe, self._training_usage()
-        update = {
-            "compute copy": self.weights.working + usage.copies,
-            "gradients": in_backward(self.weights, recipe),
-        }
-        moments = []
-        if self.head is not None:
-            tokens = recipe.micro_rows * self._kept
-            head = {"activations": usage.saved, "head": max(self.head.training(tokens), self.head.backward(tokens))}
-            if recipe.num_passes == 1:  # there are no others yet
-                head["gradients"] = -update["gradients"]
-            moments.append(moment("head", self.states, update, head))
-        body = {"activations": usage.peak, "head": self.weights.head}
-        moments.append(moment("backward", self.states, update, body))
+        recipe, usage, gradients = self.recipe, self._training_usage(), self._in_backward(self.weights)
+        update = {"compute copy": self.weights.working + usage.copies, "gradients": gradients}
+        points = []
+        if (head := self._head_usage().peak) > 0:
+            terms = {"activations": usage.saved, "head": head}
+            if recipe.num_passes == 1:  # the backward pass that makes the other gradients comes after the head's
+                terms["gradients"] = -gradients
+            points.append(self._point("head", update, terms))
+        points.append(self._point("backward", update, {"activations": usage.peak, "head": self.weights.head}))
         step = {"gradients": self.weights.gradients + self.weights.step, "compute copy": usage.copies}
         if self.value is not None:
-            moments.append(self._value_backward())
-        if self.value_weights is not None:
-            step["value model"] = self.value_weights.gradients + self.value_weights.step
-        return [*moments, moment("optimizer step", self.states, step)]
+            _, value = self.value
+            points.append(self._value_backward(*self.value))
+            step["value model"] = value.gradients + value.step
+        return [*points, self._point("optimizer step", step)]
 
-    def _value_backward(self) -> Moment:
+    def _value_backward(self, spec: ModelSpec, weights: Weights) -> MemoryPoint:
         """The value model's backward pass, after the policy's."""
-        assert self.value is not None
-        assert self.value_weights is not None
-        arguments = (self.recipe.micro_rows, self.recipe.length, self._gradient_size(self.value_weights))
-        usage = self.bench.run(passes.scalar_model_training, self.value, self.layout, *arguments)
-        own = {
-            "gradients": self.weights.gradients,
-            "value model": in_backward(self.value_weights, self.recipe),
-            "compute copy": self.value_weights.working + usage.copies,
-            "activations": usage.peak,
-        }
-        return moment("value backward", self.states, own)
-
-    @property
-    def _kept(self) -> int:
-        """Last positions of a row that are learned from, at most."""
-        return self.recipe.sampling.max_new_tokens if self.recipe.has_rollouts else self.recipe.length - 1
+        arguments = (self.recipe.micro_rows, self.recipe.length, self._gradient_size(weights))
+        usage = self.cache.run(passes.scalar_model_training, spec, self.layout, *arguments)
+        gradients = {"gradients": self.weights.gradients, "value model": self._in_backward(weights)}
+        return self._point(
+            "value backward",
+            gradients,
+            {"compute copy": weights.working + usage.copies, "activations": usage.peak},
+        )
 
     def _training_usage(self) -> Usage:
-        rows, length, size = self.recipe.micro_rows, self.recipe.length, self._gradient_size(self.weights)
-        if self.body.is_scalar:  # pairs
-            return self.bench.run(passes.scalar_model_training, self.body, self.layout, 2 * rows, length, size)
-        return self.bench.run(passes.language_model_training, self.body, self.layout, rows, length, self._kept, size)
+        recipe, size = self.recipe, self._gradient_size(self.weights)
+        if recipe.model.is_scalar:
+            arguments = (2 * recipe.micro_rows, recipe.length, size)
+            return self.cache.run(passes.scalar_model_training, recipe.model, self.layout, *arguments)
+        shape = (recipe.micro_rows, recipe.length, recipe.learned_length)
+        return self.cache.run(passes.language_model_training, recipe.model, self.layout, *shape, size)
+
+    def _head_usage(self) -> Usage:
+        if self.recipe.model.is_scalar:
+            return Usage()
+        tokens = self.recipe.micro_rows * self.recipe.learned_length
+        return self.cache.run(passes.head_training, self.recipe.model, self.layout, tokens)
 
     def _gradient_size(self, weights: Weights) -> float:
-        """Bytes kept of a number in a gradient, if gradients come in the only pass; 0 if they are there before it."""
-        return 4 * weights.gradients / weights.whole_gradients if self.recipe.num_passes == 1 else 0.0
+        """Bytes stored of a number in a gradient, if gradients come in the only pass; 0 if they are there before it."""
+        return 4 * weights.gradients / weights.unsharded_gradients if self.recipe.num_passes == 1 else 0.0
 
-
-def in_backward(weights: Weights, recipe: Recipe) -> int:
-    """Bytes of gradients in the last backward pass of a step."""
-    accumulates = recipe.num_passes > 1 and not recipe.layout.sync_every_micro_batch
-    if recipe.layout.is_sharded and accumulates:
-        return max(weights.whole_gradients, weights.gradients) + weights.reduced
-    return weights.gradients + weights.reduced
-
-
-def _scorer_body(scorer: Scorer) -> Body:
-    return Body(scorer.source, scorer.name, is_scalar=True, label=scorer.label)
+    def _in_backward(self, weights: Weights) -> int:
+        """Bytes of gradients in the last backward pass of a step."""
+        accumulates = self.recipe.num_passes > 1 and not self.layout.sync_every_micro_batch
+        if self.layout.is_sharded and accumulates:
+            return max(weights.unsharded_gradients, weights.gradients) + weights.reduced
+        return weights.gradients + weights.reduced

@@ -16,6 +16,7 @@ from remax_lightning.rollout.kv_cache import PreallocatedCache
 
 Caches = dict[tuple[int, int, int], PreallocatedCache]
 LENGTH_STEP = 128
+"""Lengths of a compiled cache are multiples of this, so that few are compiled; 128 more columns cost a step little."""
 
 
 class NextLogits:
@@ -91,8 +92,8 @@ class CompiledNextLogits(NextLogits):
         super().__init__(*args)
 
     def make_cache(self, num_rows: int, length: int) -> PreallocatedCache:
-        """An empty cache of a length that is a multiple of LENGTH_STEP, a kept one if there is one."""
-        length = -(-length // LENGTH_STEP) * LENGTH_STEP
+        """An empty cache of the rounded length, that of an earlier rollout if there is one."""
+        length = compiled_length(length)
         key = (id(self.policy), num_rows, length)
         if key not in self.caches:
             self.caches[key] = super().make_cache(num_rows, length)
@@ -123,6 +124,11 @@ class CompiledNextLogits(NextLogits):
         self.cache.advance()
         self.positions += 1
         return logits[: len(tokens)]
+
+
+def compiled_length(length: int) -> int:
+    """Columns of a compiled rollout's cache for sequences of at most this many tokens."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 @cache

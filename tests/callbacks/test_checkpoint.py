@@ -321,7 +321,7 @@ def test_last_and_best_in_python(tmp_path: Path) -> None:
         options: dict[str, Any] = {"val_check_interval": 1, "check_val_every_n_epoch": None}
         return tiny.trainer(tmp_path, steps, [saves], enable_checkpointing=True, **options)
 
-    module = tiny.remax(policy, optimizer=adam)
+    module = tiny.remax(policy, optimizer=tiny.adam())
     with pytest.raises(FileNotFoundError, match=r"--ckpt_path last: there is no checkpoint in .*run; run fit first"):
         trainer().test(module, datamodule=data, ckpt_path="last")
     trainer().fit(module, datamodule=data, ckpt_path="last")
@@ -351,7 +351,7 @@ def test_the_score_of_a_validation_is_recorded(interval: int | None, tmp_path: P
         data = tiny.prompt_data(tmp_path, batch_size=2)
         data.sources["validation"] = data.sources["train"]
         with contextlib.suppress(KeyError):
-            trainer.fit(tiny.remax(policy, optimizer=adam), datamodule=data, ckpt_path="last")
+            trainer.fit(tiny.remax(policy, optimizer=tiny.adam()), datamodule=data, ckpt_path="last")
         return {path.name: manifest.scores.get("val/reward", math.nan) for path, manifest in manifests(folder)}
 
     first = fit(Stop())

@@ -187,7 +187,7 @@ def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
         load_language_model(ModelSource(path=str(tmp_path / "adapters")))
 
 
-def test_adapters_on_the_hub_are_refused(tmp_path: Path) -> None:
+def test_adapters_on_the_hub_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers puts them on their base by itself and leaves them unmerged."""
     folder, _ = adapters(tmp_path)
 
@@ -196,6 +196,7 @@ def test_adapters_on_the_hub_are_refused(tmp_path: Path) -> None:
         def from_pretrained(path: str, output_loading_info: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
             return AutoModelForCausalLM.from_pretrained(folder), {}
 
+    monkeypatch.setattr(loading, "check_reachable", lambda name: None)
     with pytest.raises(ValueError, match="owner/name on the hub holds adapters; download it"):
         loading.load_weights(Hub, ModelSource(path="owner/name"))
 

@@ -317,9 +317,7 @@ def test_values_out_of_range_are_refused(values: dict[str, Any], match: str) -> 
 
 @pytest.mark.parametrize("target", ["qproj", "proj", "embed_tokens", "mlp", "norm", ""])
 def test_a_target_that_is_no_linear_layer_is_refused_by_name(target: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"'{target}', by which no linear layer of LlamaForCausalLM .* k_proj, lm_head"
-    ):
+    with pytest.raises(ValueError, match=f"'{target}', but no linear layer of LlamaForCausalLM .* k_proj, lm_head"):
         add_lora(tiny.language_model(), LoRA(target_modules=["q_proj", target]))
 
 

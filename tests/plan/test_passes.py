@@ -9,12 +9,12 @@ from plan.measured import PeakMemory, SavedTensors
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from remax_lightning.functional import fused_head
 from remax_lightning.functional.fused_head import fused_log_probs, fused_policy_gradient
 from remax_lightning.models.head import plain_head, without_head
 from remax_lightning.models.parallelize import checkpoint_activations
 from remax_lightning.models.scalar_model import sequence_scores
 from remax_lightning.plan import dry_run, passes
-from remax_lightning.plan.memory import Head
 from remax_lightning.rollout import Sampling
 from remax_lightning.rollout.next_logits import NextLogits
 
@@ -106,7 +106,7 @@ def test_logits_that_are_capped_are_in_memory() -> None:
     usage = passes.language_model_training(build(CAPPED, torch.float32, "meta"), ROWS, LENGTH, KEPT)
     model = build(CAPPED, torch.float32, "meta")
     model.config.final_logit_softcapping = None
-    assert passes.plain_head(model) is model.lm_head
+    assert passes.chunked_head(model) is model.lm_head
     plain = passes.language_model_training(model, ROWS, LENGTH, KEPT)
     assert usage.saved - plain.saved >= 2 * ROWS * KEPT * 64 * 4
 
@@ -148,26 +148,27 @@ def test_cache(model_type: str, autocast: bool, monkeypatch: pytest.MonkeyPatch)
     assert all(usage.peak > 0 for usage in usages)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
+)
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("tokens", [100, 2000])
-def test_head(dtype: torch.dtype, trained: bool, tokens: int) -> None:
-    hidden_size, vocabulary = 64, 3000
-    hidden = torch.randn(tokens, hidden_size, dtype=dtype).requires_grad_()
-    weight = torch.randn(vocabulary, hidden_size, dtype=dtype).requires_grad_(trained)
-    target, ones = torch.randint(0, vocabulary, (tokens,)), torch.ones(tokens)
-    head = Head(hidden_size, vocabulary, hidden.element_size(), hidden.element_size(), trained, chunk=384, block=2**19)
-    with PeakMemory() as forward:
-        output = fused_policy_gradient(hidden, weight, target, ones)
-    with PeakMemory() as backward:
-        output.loss.backward()
-    with torch.no_grad(), PeakMemory() as scoring:
+def test_head(dtype: torch.dtype, autocast: bool, trained: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_head, "CHUNK_SIZE", fused_head.CPU_CHUNK_SIZE)
+    monkeypatch.setattr(fused_head, "BLOCK_SIZE", fused_head.CPU_BLOCK_SIZE)
+    model = build("llama", dtype, "meta")
+    model.set_output_embeddings(nn.Linear(96, 3000, bias=False, dtype=dtype, device="meta"))
+    model.lm_head.requires_grad_(trained)
+    weight = torch.randn(3000, 96, dtype=dtype).requires_grad_(trained)
+    hidden = torch.randn(tokens, 96, dtype=dtype).requires_grad_()
+    target, ones = torch.randint(0, 3000, (tokens,)), torch.ones(tokens)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), PeakMemory() as training:
+        fused_policy_gradient(hidden, weight, target, ones).loss.backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), PeakMemory() as scoring:
         fused_log_probs(hidden, weight, target)
     own = hidden.nbytes  # made before
-    assert head.training(tokens) == pytest.approx(forward.peak + own, rel=0.15)
-    assert head.backward(tokens) <= head.training(tokens)
-    assert head.backward(tokens) - head.training(tokens) <= backward.peak
-    assert head.scoring(tokens) == pytest.approx(scoring.peak + own, rel=0.15)
+    assert passes.head_training(model, tokens, autocast=autocast).peak == pytest.approx(training.peak + own, rel=0.05)
+    assert passes.head_scoring(model, tokens, autocast=autocast).peak == pytest.approx(scoring.peak + own, rel=0.05)
 
 
 def test_a_question_that_needs_data_is_refused() -> None:

@@ -12,8 +12,8 @@ from plan.measured import PeakMemory
 
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import ReMax
-from remax_lightning.plan.bench import Bench
-from remax_lightning.plan.models import Optimizer
+from remax_lightning.plan.cache import DryRunCache
+from remax_lightning.plan.models import ModelSpec, Optimizer
 from remax_lightning.plan.phases import plan
 from remax_lightning.plan.recipe import Layout, Recipe
 from remax_lightning.rewards import FunctionReward
@@ -72,21 +72,20 @@ def test_a_step_takes_what_is_planned(
     tiny.fit(module, data, tmp_path, steps=2, callbacks=[measured])
 
     recipe = Recipe(
-        method="ReMax",
         name="ReMax",
-        source=ModelSource(path=folder),
+        model=ModelSpec(ModelSource(path=folder), "model.policy", is_trained=True, is_checkpointed=checkpointed),
         optimizer=Optimizer("torch.optim.AdamW", {"lr": 1e-6}),
         layout=Layout(1),
         batch_size=prompts,
         prompt_length=PROMPT,
         length=PROMPT + RESPONSE,
         micro_batch_size=micro_batch_size,
-        micro_batch_tokens=None,
-        activation_checkpointing=checkpointed,
         sampling=Sampling(max_new_tokens=RESPONSE),
+        decodes_greedy=True,
         has_reference=True,
     )
-    planned = plan(recipe, Bench())
-    always = sum(planned.phases[0].peak.terms[term] for term in ("master weights", "optimizer states", "reference"))
-    assert max(planned.phases, key=lambda phase: phase.peak.total).name == worst
+    planned = plan(recipe, DryRunCache())
+    states = planned.peaks["rollout"].terms
+    always = sum(states[term] for term in ("master weights", "optimizer states", "reference"))
+    assert max(planned.peaks, key=lambda phase: planned.peaks[phase].total) == worst
     assert planned.peak - always == pytest.approx(measured.memory.peak, rel=0.1)

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from remax_lightning.models.lora import LoRA, add_lora
 from remax_lightning.models.parallelize import Sharding, blocks, gathered, shard, sync_gradients
 from remax_lightning.models.source import ModelSource
-from remax_lightning.plan.bench import Bench, Body
-from remax_lightning.plan.models import Optimizer, Weights, optimizer_bytes, weights
+from remax_lightning.plan.cache import DryRunCache
+from remax_lightning.plan.models import ModelSpec, Optimizer, Weights, weights
 from remax_lightning.plan.recipe import Layout
 
 ADAMW = Optimizer("torch.optim.AdamW", {"lr": 1e-3})
@@ -91,12 +91,12 @@ def mesh() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_bytes_of_a_split_model(model_type: str, mesh: Any) -> None:
+def test_bytes_of_a_sharded_model(model_type: str, mesh: Any) -> None:
     model = build(model_type)
     sharding = Sharding(mesh=mesh, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
     sizes = sorted(sum(each.numel() for each in block.parameters()) for block in blocks(model))
     shard(model, sharding)
-    planned = split(model_type)
+    planned = sharded(model_type)
     assert planned.masters == sum(local(each).nbytes for each in model.parameters())
     with gathered(model):
         assert planned.gathered == sum(each.nbytes for each in model.parameters())
@@ -108,20 +108,20 @@ def test_bytes_of_a_split_model(model_type: str, mesh: Any) -> None:
     assert planned.reduced == 6 * sum(sizes[-2:])
 
 
-def test_gradients_of_a_split_model_while_they_are_added_up(mesh: Any) -> None:
+def test_gradients_of_a_sharded_model_while_they_are_added_up(mesh: Any) -> None:
     model = build("llama")
     sharding = Sharding(mesh=mesh, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
     shard(model, sharding)
     sync_gradients(model, sharding, is_last=False)
     model(input_ids=torch.zeros(2, 3, dtype=torch.long)).logits.sum().backward()
-    assert split("llama").whole_gradients == sum(each.nbytes for each in unsplit_gradients(model))
+    assert sharded("llama").unsharded_gradients == sum(each.nbytes for each in gradients_before_reduction(model))
 
 
-def split(model_type: str) -> Weights:
+def sharded(model_type: str) -> Weights:
     return weights(build(model_type, device="meta"), ADAMW, WORLD, 2)
 
 
-def unsplit_gradients(model: nn.Module) -> list[torch.Tensor]:
+def gradients_before_reduction(model: nn.Module) -> list[torch.Tensor]:
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     parameters = [each for unit in units for each in unit._get_fsdp_state()._fsdp_param_group.fsdp_params]
     return [each.unsharded_accumulated_grad_data for each in parameters]
@@ -133,15 +133,15 @@ def test_a_fused_optimizer_steps_in_place() -> None:
     assert weights(model, Optimizer("torch.optim.AdamW", {"lr": 1e-3, "fused": True}), 1, None).step == 0
 
 
-def test_an_8bit_optimizer_keeps_two_bytes_and_scales() -> None:
+def test_an_8bit_optimizer_has_two_bytes_and_scales() -> None:
     parameter = nn.Parameter(torch.empty(1000, 256, device="meta"))
     optimizer = Optimizer("torchao.optim.AdamW8bit", {"lr": 1e-3})
-    assert optimizer_bytes(optimizer, [parameter]) == 2 * 256_000 + 2 * 4 * 1000
+    assert optimizer.state_bytes([parameter]) == 2 * 256_000 + 2 * 4 * 1000
 
 
 def test_an_offloaded_frozen_model_takes_nothing_while_it_waits() -> None:
     source = ModelSource(config={"model_type": "llama", **SHAPES["llama"], "vocab_size": VOCABULARY}, tokenizer="none")
-    body, bench = Body(source, "model.policy"), Bench()
-    layout = Layout(WORLD, "fsdp2", shards=WORLD, itemsize=2)
-    assert bench.frozen(body, layout) == split("llama").masters
-    assert bench.frozen(body, replace(layout, offload_frozen=True)) == 0
+    spec, cache = ModelSpec(source, "model.policy"), DryRunCache()
+    layout = Layout(WORLD, shards=WORLD, itemsize=2)
+    assert cache.frozen(spec, layout) == sharded("llama").masters
+    assert cache.frozen(spec, replace(layout, offload_frozen=True)) == 0

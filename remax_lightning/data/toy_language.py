@@ -1,4 +1,4 @@
-"""The grammar of the quickstart's small world: the words, the sentences, and the way back from text to what it says.
+"""The language of the quickstart's toy data: its grammar, a parser, and the hidden gold reward of a response.
 
 One table of templates is read in both directions: the generator fills the slots, the parser turns each template into a
 regular expression. What the generator writes is therefore in the grammar by construction.
@@ -54,6 +54,12 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     "good_closing": ("I hope this helps.", "Have a nice day.", "Thank you for asking."),
     "rude_closing": ("Now go away.", "Do not ask me again."),
 }
+
+LOWEST_REWARD, HIGHEST_REWARD = -5.0, 5.0
+MAX_SENTENCES = 5  # a longer response rambles
+MAX_KIND_WORDS = 3  # further kind words earn nothing
+KIND_WORDS = frozenset().union(*KIND_TRAITS.values())
+RUDE_WORDS = frozenset().union(*RUDE_TRAITS.values())
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def read_prompt(prompt: str) -> Facts:
     """The facts that a prompt asks about.
 
     Args:
-        prompt: A prompt of the world, with or without a chat template around it.
+        prompt: A toy prompt, with or without a chat template around it.
 
     Returns:
         Its colour, animal and place.
@@ -126,14 +132,14 @@ def read_prompt(prompt: str) -> Facts:
     Raises:
         ValueError: If the prompt does not name one of each.
     """
-    found = {name: pattern.search(prompt) for name, pattern in _FACT_PATTERNS.items()}
-    missing = [name for name, match in found.items() if match is None]
+    matches = {name: pattern.search(prompt) for name, pattern in _FACT_PATTERNS.items()}
+    missing = [name for name, match in matches.items() if match is None]
     if missing:
         raise ValueError(
-            f"A prompt must name a colour, an animal and a place of the toy world; {prompt!r} names no {missing[0]}. "
-            "Use prompts that write_world has written."
+            f"A prompt must name a colour, an animal and a place of the toy data; {prompt!r} names no {missing[0]}. "
+            "Use the prompts that make-toy-data has written."
         )
-    return Facts(**{name: match.group() for name, match in found.items() if match})
+    return Facts(**{name: match.group() for name, match in matches.items() if match})
 
 
 def fluency(responses: Sequence[str]) -> list[float]:
@@ -151,3 +157,84 @@ def fluency(responses: Sequence[str]) -> list[float]:
     """
     read = [read_response(response) for response in responses]
     return [sum(s.kind is not None for s in sentences) / max(len(sentences), 1) for sentences in read]
+
+
+def gold_reward(prompts: list[str], responses: list[str], **columns: object) -> list[float]:
+    """The hidden reward of the toy data: the preferences are drawn by it, and the evaluation measures it.
+
+    It pays for the right colour, animal and place, up to three different kind words, a habit and a good closing. It
+    charges for wrong facts, rude words, evasions, repetitions, sentences outside the grammar and more than five
+    sentences. A complete response without a fault earns 5; an empty one -5.
+
+    Args:
+        prompts: Toy prompts.
+        responses: One response to each prompt.
+        **columns: Further columns of a batch; not used.
+
+    Returns:
+        One reward in [-5, 5] for each response.
+
+    Raises:
+        ValueError: If the lengths differ or a prompt is not a toy prompt.
+
+    Example:
+        >>> gold_reward(["Tell me about the red fox in the lake."], ["The red fox lives in the lake. Have a nice day."])
+        [3.0]
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(
+            f"gold_reward needs one response for each prompt; it got {len(prompts)} prompts and {len(responses)} "
+            "responses. Pass lists of equal length."
+        )
+    return [
+        _gold(read_prompt(prompt), read_response(response)) for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def _gold(facts: Facts, sentences: Sequence[Sentence]) -> float:
+    """The reward of one response."""
+    if not sentences:
+        return LOWEST_REWARD
+    reward = (
+        -1.0
+        + _fact_score(facts, sentences)
+        + _trait_score(sentences)
+        + _closing_score(sentences)
+        + _fault_score(sentences)
+    )
+    reward += 0.5 * any(sentence.kind == "habit" for sentence in sentences)
+    return min(max(reward, LOWEST_REWARD), HIGHEST_REWARD)
+
+
+def _fact_score(facts: Facts, sentences: Sequence[Sentence]) -> float:
+    """One for each right fact of the first home sentence, less one for each wrong fact of any; -1 without one."""
+    homes = [sentence.slots for sentence in sentences if sentence.kind == "home"]
+    if not homes:
+        return -1.0
+    wanted = vars(facts).items()
+    right = sum(homes[0][name] == value for name, value in wanted)
+    wrong = sum(home[name] != value for home in homes for name, value in wanted)
+    return float(right - wrong)
+
+
+def _trait_score(sentences: Sequence[Sentence]) -> float:
+    """A half for each different kind word up to the cap, less a half for a repeated word and one for a rude word."""
+    words = [word for s in sentences for slot, word in s.slots.items() if slot in KIND_TRAITS]
+    kind = len(set(words) & KIND_WORDS)
+    rude = sum(word in RUDE_WORDS for word in words)
+    return 0.5 * min(kind, MAX_KIND_WORDS) - 1.0 * rude - 0.5 * (len(words) - len(set(words)))
+
+
+def _closing_score(sentences: Sequence[Sentence]) -> float:
+    """One for a good closing as the last sentence, less a half for one elsewhere and one and a half for a rude one."""
+    kinds = [sentence.kind for sentence in sentences]
+    early = kinds[:-1].count("good_closing")
+    return 1.0 * (kinds[-1] == "good_closing") - 0.5 * early - 1.5 * kinds.count("rude_closing")
+
+
+def _fault_score(sentences: Sequence[Sentence]) -> float:
+    """Charges for sentences outside the grammar, evasions, repetitions and rambling."""
+    kinds = [sentence.kind for sentence in sentences]
+    repeated = len(sentences) - len({sentence.text for sentence in sentences})
+    rambling = max(len(sentences) - MAX_SENTENCES, 0)
+    return -1.5 * kinds.count(None) - 1.0 * kinds.count("dodge") - 1.0 * repeated - 1.0 * rambling
