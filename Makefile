@@ -6,10 +6,11 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY ?= passive
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.remax-lightning-installed
+DOCS_INSTALLED := $(VENV)/.remax-lightning-docs-installed
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check clean
+.PHONY: help install quickstart test check docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,15 +22,15 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
 	@touch $@
 
-quickstart: $(INSTALLED) ## SFT, reward model and ReMax on a small world made on the spot; a table and a plot at the end
+quickstart: $(INSTALLED) ## SFT, reward model and ReMax on generated toy data; a table and a plot at the end
 	@mkdir -p $(RUN) && date +%s > $(RUN)/started_at
-	$(PY) cli.py world --output_dir $(RUN)/world
+	$(PY) cli.py make-toy-data --output_dir $(RUN)/data
 	$(PY) cli.py fit --config configs/quickstart/sft.yaml
 	$(PY) cli.py fit --config configs/quickstart/reward_model.yaml
 	$(PY) cli.py fit --config configs/quickstart/remax.yaml
 	$(PY) cli.py test --config configs/quickstart/remax.yaml --ckpt_path last
-	$(PY) cli.py report --responses $(RUN)/remax/responses.jsonl --run_dir $(RUN)/remax \
-		--reward_model_dir $(RUN)/reward_model --output_dir $(RUN) --started_at $$(cat $(RUN)/started_at)
+	$(PY) cli.py report --run_dir $(RUN)/remax --reward_model_dir $(RUN)/reward_model --output_dir $(RUN) \
+		--started_at $$(cat $(RUN)/started_at) --reference_label SFT --policy_label ReMax --judge_label gold
 
 test: $(INSTALLED) ## run the tests
 	$(PY) -m pytest
@@ -39,5 +40,12 @@ check: $(INSTALLED) ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-clean: ## remove .venv and runs
-	rm -rf $(VENV) runs
+docs: $(DOCS_INSTALLED) ## build the documentation into site/; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+clean: ## remove .venv, runs and site
+	rm -rf $(VENV) runs site

@@ -55,6 +55,7 @@ from remax_lightning.models.head import plain_head
 from remax_lightning.models.language_model import frozen_copy
 from remax_lightning.models.next_token import log_probs_of
 from remax_lightning.models.scalar_model import token_values
+from remax_lightning.modules.ppo import ValuedRollout
 from remax_lightning.rollout import Rollout, Sampling, TransformersEngine, next_logits
 
 
@@ -138,7 +139,8 @@ def decoder(name: str, model: PreTrainedModel, batch: Batch) -> Callable[[int], 
 
     def by_engine(length: int) -> None:
         for _ in range(2 if "two passes" in name else 1):
-            engine.generate(model, batch, Sampling(length), stop_token_ids=stops, greedy="joint" in name)
+            decode = engine.sample_and_greedy if "joint" in name else engine.sample
+            decode(model, batch, Sampling(length), stop_token_ids=stops)
 
     def by_transformers(length: int) -> None:
         for sampling in ({"do_sample": True, "top_k": 0, "top_p": 1.0}, {"do_sample": False}):
@@ -263,17 +265,22 @@ def one_step(case: dict[str, Any], engine: TransformersEngine, state: State) -> 
     policy, reference, tokens, made = state.policy, state.reference, case["micro_batch_tokens"], {}
 
     def rollout() -> None:
-        options = {"stop_token_ids": [policy.config.vocab_size], "greedy": state.value is None}
-        made["rollout"], _ = engine.generate(policy, state.batch, Sampling(case["response_length"]), **options)
+        arguments = (policy, state.batch, Sampling(case["response_length"]))
+        stops = [policy.config.vocab_size]
+        if state.value is None:
+            made["samples"], _ = engine.sample_and_greedy(*arguments, stop_token_ids=stops)
+        else:
+            made["samples"] = engine.sample(*arguments, stop_token_ids=stops)
 
     def score() -> None:
         with policy.disable_adapter() if reference is None else nullcontext():
-            ref_log_probs = reference_log_probs(reference or policy, made["rollout"], tokens)
+            ref_log_probs = reference_log_probs(reference or policy, made["samples"], tokens)
         rewards, baselines = torch.randn(2, len(ref_log_probs), device=DEVICE)
-        made["rollout"] = replace(made["rollout"], rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
+        made["rollout"] = made["samples"].scored(rewards, baselines, ref_log_probs)
 
     def expect() -> None:
-        made["rollout"] = replace(made["rollout"], values=expected_values(state.value, made["rollout"], tokens))
+        values = expected_values(state.value, made["rollout"], tokens)
+        made["rollout"] = ValuedRollout(**vars(made["rollout"]), values=values, returns=torch.zeros_like(values))
 
     def update() -> None:
         if state.value is None:
@@ -282,7 +289,7 @@ def one_step(case: dict[str, Any], engine: TransformersEngine, state: State) -> 
             add_ppo_gradients(state, made["rollout"], tokens)
 
     seconds = {"values": 0.0}
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):  # as Lightning has it
         seconds["rollout"], seconds["reference"] = seconds_of(rollout), seconds_of(score)
         if state.value is not None:
             seconds["values"] = seconds_of(expect)

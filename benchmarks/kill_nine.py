@@ -1,9 +1,9 @@
 """``kill -9`` at random moments of a small run, resumed each time with ``--ckpt_path last``, on several file systems.
 
-ReMax on the quickstart's world, a tiny Llama with random weights, a reward for the letter e; a checkpoint after every
+ReMax on the quickstart's data, a tiny Llama with random weights, a reward for the letter e; a checkpoint after every
 step. Half of the kills are aimed at a save, a quarter come while the run starts, a quarter at any moment. The final
-weights have to be bitwise those of a run that was never killed. The command line is imported once, by a process that
-forks for each start, so that a start takes a second and not ten.
+weights must be bitwise those of a run that was never killed. The command line is imported once, by a process that
+forks for each start, so that a start takes one second and not ten.
 
     python benchmarks/kill_nine.py --kills 20 --folders /tmp /dev/shm --output benchmarks/results/kill_nine.json
 """
@@ -33,11 +33,11 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from remax_lightning import cli
-from remax_lightning.callbacks.safe_checkpoint_io import PARTIAL_SUFFIX, SUFFIX, fault, manifests, read_manifest
-from remax_lightning.data.toy import write_world
+from remax_lightning.callbacks.manifest import PARTIAL_SUFFIX, SUFFIX, integrity_error, manifests, read_manifest
+from remax_lightning.data.toy import make_toy_data
 
-LIMIT = 300  # seconds that one start may take
-SAVE_SECONDS = 0.05  # about as long as a save takes
+LIMIT = 300  # seconds for one start; far more than any takes, so that a hang is an error
+SAVE_SECONDS = 0.05  # about the duration of a save of this model
 
 
 def share_of_e(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
@@ -46,12 +46,12 @@ def share_of_e(prompts: Sequence[object], responses: Sequence[str]) -> list[floa
 
 
 def write_config(folder: Path, steps: int, hidden_size: int) -> Path:
-    """The world and the configuration of a run in a folder."""
-    write_world(str(folder / "world"), num_demonstrations=8, num_preferences=8, num_prompts=64, num_held_out=8)
+    """The toy data and the configuration of a run in a folder."""
+    make_toy_data(str(folder / "data"), num_demonstrations=8, num_preferences=8, num_prompts=64, num_held_out=8)
     llama = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": 2}
     model = {
         "policy": {
-            "tokenizer": str(folder / "world" / "tokenizer"),
+            "tokenizer": str(folder / "data" / "tokenizer"),
             "config": {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, **llama},
         },
         "reward": {"class_path": "FunctionReward", "init_args": {"function": "kill_nine.share_of_e"}},
@@ -59,7 +59,7 @@ def write_config(folder: Path, steps: int, hidden_size: int) -> Path:
         "kl_coef": 0.05,
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
     }
-    prompts = {name: str(folder / "world" / f"{file}.jsonl") for name, file in FILES.items()}
+    prompts = {name: str(folder / "data" / f"{file}.jsonl") for name, file in FILES.items()}
     config = {
         "trainer": {
             "accelerator": "cpu",
@@ -112,23 +112,23 @@ def wait(process: int, seconds: float, *, until: Callable[[], bool] = lambda: Fa
 
 
 def run_whole(config: Path) -> float:
-    """A run that is left alone; its seconds."""
+    """Run without a kill; its seconds."""
     begin = time.monotonic()
     status = wait(start(config), LIMIT)
     if status != 0:
-        raise RuntimeError(f"the run that was left alone ended with {status}; see {config.parent / 'log.txt'}")
+        raise RuntimeError(f"the run without kills ended with {status}; see {config.parent / 'log.txt'}")
     return time.monotonic() - begin
 
 
 def run_killed(config: Path, kills: int, per_step: float, rng: random.Random) -> dict[str, Any]:
-    """A run that is killed so many times, each some steps after it has gone on, and resumed; what was seen."""
+    """Kill and resume a run, most times some steps after it was resumed; counts of what was seen."""
     folder = config.parent / "checkpoints"
     seen = {"kills": 0, "while_saving": 0, "newest_incomplete": 0, "starts": 0}
     begin = time.monotonic()
     while True:
         process = start(config, "--ckpt_path", "last")
         seen["starts"] += 1
-        before = newest_time(folder)
+        before = newest_number(folder)
         moment = rng.random()
         if seen["kills"] == kills:
             status = wait(process, LIMIT)
@@ -151,33 +151,33 @@ def run_killed(config: Path, kills: int, per_step: float, rng: random.Random) ->
 
 
 def is_newer(folder: Path, before: int) -> bool:
-    """True when the run has moved on."""
-    return newest_time(folder) > before
+    """True when the run has saved again."""
+    return newest_number(folder) > before
 
 
 def is_saving(folder: Path) -> bool:
-    """True while a checkpoint is written."""
+    """True while a checkpoint is being written."""
     return any(folder.glob(f"*{PARTIAL_SUFFIX}"))
 
 
-def newest_time(folder: Path) -> int:
-    """When the newest checkpoint was written; 0 if there is none."""
-    return max((manifest.saved_at for _, manifest in manifests(folder)), default=0)
+def newest_number(folder: Path) -> int:
+    """Number of the newest checkpoint; 0 if there is none."""
+    return max((manifest.number for _, manifest in manifests(folder)), default=0)
 
 
 def look(folder: Path, seen: dict[str, int]) -> None:
-    """Count what a kill has left behind."""
+    """Count what a kill left behind."""
     names = [path.name for path in folder.glob(f"*{PARTIAL_SUFFIX}")]
     lonely = [path for path in folder.glob("*.json") if not path.with_suffix("").exists()]
     seen["while_saving"] += bool(names or lonely)
     newest = max(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, default=None)
     if newest is not None:
         manifest = read_manifest(newest)
-        seen["newest_incomplete"] += manifest is None or fault(newest, manifest) is not None
+        seen["newest_incomplete"] += manifest is None or integrity_error(newest, manifest) is not None
 
 
 def digest(folder: Path) -> str:
-    """Of the exported weights."""
+    """SHA-256 of the exported weights."""
     sha = hashlib.sha256()
     for name, tensor in sorted(load_file(folder / "hf" / "model.safetensors").items()):
         sha.update(name.encode() + tensor.numpy().tobytes())
@@ -185,7 +185,7 @@ def digest(folder: Path) -> str:
 
 
 def run_case(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A run that is left alone and one that is killed, both on one file system."""
+    """A run without kills and one that is killed, both on one file system."""
     folder = Path(tempfile.mkdtemp(prefix="kill_nine_", dir=place))
     try:
         configs = []

@@ -10,7 +10,6 @@ and what is measured are those of ``step.py``. A time ratio of 0.95 says that th
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +50,14 @@ def collect(policy: Any, tokenizer: Any, reference: Any, prompts: list[str], ste
     """Sampled responses with rewards, baselines and log-probs of the reference."""
     ids, mask = left_pad([tokenizer(prompt)["input_ids"] for prompt in prompts], tokenizer.pad_token_id)
     inputs = {"prompt_ids": ids, "prompt_mask": mask, "prompt_index": torch.arange(PROMPTS) + step * PROMPTS}
-    sampled, greedy = TransformersEngine().generate(
+    sampled, greedy = TransformersEngine().sample_and_greedy(
         policy, inputs, Sampling(NEW_TOKENS), stop_token_ids=[tokenizer.eos_token_id], step=step
     )
-    assert greedy is not None
     texts = [tokenizer.batch_decode(each.response_ids, skip_special_tokens=True) for each in (sampled, greedy)]
     rewards, baselines = torch.tensor(distinct_words(prompts * 2, texts[0] + texts[1])).chunk(2)
     with torch.no_grad():
         ref_log_probs = sampled.at_tokens(log_probs_of(reference, *sampled.sequences()))
-    return replace(sampled, rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
+    return sampled.scored(rewards, baselines, ref_log_probs)
 
 
 def update(policy: Any, optimizer: torch.optim.Optimizer, rollout: Rollout) -> None:

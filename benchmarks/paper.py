@@ -1,4 +1,4 @@
-"""ReMax against REINFORCE, RLOO and PPO: the paper's comparison on the quickstart's world, in one run on a CPU.
+"""ReMax against REINFORCE, RLOO and PPO: the paper's comparison on the quickstart's data, in one run on a CPU.
 
 World, SFT policy and reward model are those of ``configs/quickstart``, made once with seed 0. From them each method
 trains with each seed (of the samples and of the order of the prompts) on the same 32 prompts a step, for the same
@@ -7,14 +7,14 @@ the gradient's norm, 1. None of them was tuned for this comparison: 3e-4 is the 
 ReMax. What differs:
 
 * ReMax decodes a greedy response beside each sampled one. The fast variant cuts it at half the length: at 16 tokens,
-  since responses of this world grow to about 30 and half of their limit, 64, would cut none.
+  since responses to this data grow to about 30 and half of their limit, 64, would cut none.
 * REINFORCE's baseline is a moving average of the rewards.
 * RLOO samples two responses a prompt, and learns from both.
 * PPO makes one epoch of one minibatch, so that its optimizer steps are as many as the others'. Its ratio is then 1 and
   its clip idle: it is an advantage actor-critic with GAE (lambda 0.95) and normalised advantages, less than what the
   paper compares with. Its value model starts from the reward model and has a learning rate of its own, 1e-3.
 
-Gold reward is the world's hidden judge, proxy reward the learned reward model, both of one sampled response to each of
+Gold reward is the data's hidden judge, proxy reward the learned reward model, both of one sampled response to each of
 256 held-out prompts; the same prompt gets the same random numbers in each evaluation of a seed. KL is that of a whole
 response, in nats. The gradient's norm is that of the policy before it is clipped; PPO's is that of normalised
 advantages, so it has another unit. CPU seconds are those of the training steps, without evaluation, logs and
@@ -23,7 +23,7 @@ checkpoints. Peak memory is that of a run's process before its first evaluation,
 Hyper-parameters are the constructor's arguments that a method has beyond those of ``PolicyGradientModule``.
 
 ``--world long`` has the lengths of the paper's GPT-2 task instead, up to 64 tokens of prompt and 48 new ones: sentences
-of the world's answers stand before each question. It is not the paper's task: no GPT-2, no IMDB.
+of the toy data's answers stand before each question. It is not the paper's task: no GPT-2, no IMDB.
 
 The last table repeats figures that the paper published, or that are reported of it (Li et al. 2024, arXiv 2310.10505).
 They are its authors', measured with their code on their machines; none was measured here, and what is measured here has
@@ -74,7 +74,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "quickstart"
 RUN = "runs/quickstart"
 LENGTHS = {"quickstart": (32, 64, 16), "long": (64, 48, 24)}
-"""Longest prompt, longest response and longest greedy response of the fast variant in a world, tokens."""
+"""Longest prompt, longest response and longest greedy response of the fast variant by data set, tokens."""
 VALUE_LEARNING_RATE = 1e-3
 PHASES = ("rollout", "reward", "reference", "values", "update")
 STATES = ("master weights", "optimizer states", "reference", "reward model", "value model")
@@ -141,17 +141,17 @@ CLOCKS: list[Clock] = []
 
 
 def gold_reward(prompts: list[str], responses: list[str], **columns: object) -> list[float]:
-    """The world's gold reward; a question is the last line of its prompt."""
+    """The gold reward of the toy data; a question is the last line of its prompt."""
     return toy.gold_reward([prompt.splitlines()[-1] for prompt in prompts], responses)
 
 
-def lengthen(world: Path) -> None:
+def lengthen(data: Path) -> None:
     """Put sentences of earlier answers before each question, as many as fit into the longest prompt."""
-    tokenizer, rng = AutoTokenizer.from_pretrained(world / "tokenizer"), random.Random(0)
+    tokenizer, rng = AutoTokenizer.from_pretrained(data / "tokenizer"), random.Random(0)
     longest = LENGTHS["long"][0] - 2  # what stands around a prompt
-    answers = [row["response"] for row in read_rows(world / "demonstrations.jsonl")]
+    answers = [row["response"] for row in read_rows(data / "demonstrations.jsonl")]
     sentences = [sentence for answer in answers for sentence in re.findall(r"[^.?!]+[.?!]", answer)]
-    for path in sorted(world.glob("*.jsonl")):
+    for path in sorted(data.glob("*.jsonl")):
         rows = read_rows(path)
         for row in rows:
             longer = prompt = row["prompt"]
@@ -168,15 +168,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def prepare(folder: Path, world: str) -> None:
-    """World, SFT policy and reward model, in a folder."""
+    """Toy data, SFT policy and reward model, in a folder."""
 
     def cli(*arguments: str) -> None:
         run_python(folder, str(ROOT / "cli.py"), *arguments)
 
-    cli("world")
+    cli("make-toy-data")
     lengths: dict[str, list[str]] = {"sft": [], "reward_model": []}
     if world == "long":
-        lengthen(folder / RUN / "world")
+        lengthen(folder / RUN / "data")
         prompt_length, response_length, _ = LENGTHS[world]
         lengths["reward_model"] = ["--data.max_prompt_length", str(prompt_length)]
         lengths["sft"] = [*lengths["reward_model"], "--model.sampling.max_new_tokens", str(response_length)]
@@ -374,7 +374,7 @@ def draw_lines(axes: Axes, case: dict[str, Any], x: str, y: str, start: float | 
 
 
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prepare a world, and run all methods with all seeds in turn, each run in a process of its own."""
+    """Prepare the data and models, and run all methods with all seeds in turn, each run in a process of its own."""
     if not (folder / RUN / "reward_model" / "hf").is_dir():
         prepare(folder, arguments.world)
     steps = arguments.steps
@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of every policy")
-    parser.add_argument("--folder", type=Path, help="keep the runs here; world and models are made unless it has them")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; data and models are created if missing")
     parser.add_argument("--output", type=Path, help="file for the JSON object")
     parser.add_argument("--plot", type=Path, help="file for the plot, PNG")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)

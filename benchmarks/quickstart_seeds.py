@@ -1,4 +1,4 @@
-"""The quickstart with several seeds: world, weights and samples all change. One row a seed.
+"""The quickstart with several seeds: data, weights and samples all change. One row a seed.
 
 python benchmarks/quickstart_seeds.py --seeds 0 1 2 --output benchmarks/results/quickstart.json
 """
@@ -32,15 +32,16 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
         with open(folder / "log.txt", "a") as log:
             subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
 
-    cli("world", "--seed", str(seed))
+    cli("make-toy-data", "--seed", str(seed))
     seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
     cli("fit", "--config", str(CONFIGS / "sft.yaml"), *seeds)
     cli("fit", "--config", str(CONFIGS / "reward_model.yaml"), *seeds)
     cli("fit", "--config", str(CONFIGS / "remax.yaml"), *seeds, "--model.seed", str(seed))
     cli("test", "--config", str(CONFIGS / "remax.yaml"), "--ckpt_path", "last", "--model.seed", str(seed))
     run = "runs/quickstart"
-    report = ["--responses", f"{run}/remax/responses.jsonl", "--run_dir", f"{run}/remax", "--output_dir", run]
-    cli("report", *report, "--reward_model_dir", f"{run}/reward_model", "--started_at", str(started_at))
+    labels = ["--reference_label", "SFT", "--policy_label", "ReMax", "--judge_label", "gold"]
+    folders = ["--run_dir", f"{run}/remax", "--reward_model_dir", f"{run}/reward_model", "--output_dir", run]
+    cli("report", *folders, "--started_at", str(started_at), *labels)
     return json.loads((folder / run / "summary.json").read_text())
 
 

@@ -56,7 +56,7 @@ def ours(case: dict[str, Any]) -> Callable[[int], list[list[int]]]:
     batch = {"prompt_ids": ids, "prompt_mask": mask, "prompt_index": torch.arange(len(ids))}
 
     def work(max_new_tokens: int) -> list[list[int]]:
-        _, greedy = TransformersEngine().generate(model, batch, Sampling(max_new_tokens), stop_token_ids=stops)
+        _, greedy = TransformersEngine().sample_and_greedy(model, batch, Sampling(max_new_tokens), stop_token_ids=stops)
         assert greedy is not None
         return [row[kept].tolist() for row, kept in zip(greedy.response_ids, greedy.response_mask, strict=True)]
 

@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,8 @@ from torch import Tensor
 from remax_lightning.functional import remax_advantages
 from remax_lightning.models.language_model import frozen_copy
 from remax_lightning.models.next_token import log_probs_of, policy_gradient_of
-from remax_lightning.rollout import Rollout, Sampling, TransformersEngine
+from remax_lightning.rollout import Rollout, Samples, Sampling, TransformersEngine
+from remax_lightning.rollout.types import ResponsesType
 
 PROMPT_LENGTH, MICRO_BATCH_TOKENS, KL_COEF = 64, 1024, 0.05
 BASE = {"prompts": 16, "length": 128, "vocabulary": 8192}
@@ -51,14 +51,14 @@ CORNER = {**BASE, "length": AXES["length"][-1], "vocabulary": AXES["vocabulary"]
 PHASES = ("rollout", "reference", "update", "step")
 
 
-def micro_batches(rollout: Rollout, tokens: int) -> list[Rollout]:
+def micro_batches(rollout: ResponsesType, tokens: int) -> list[ResponsesType]:
     """Rows of equal length, so many that they have up to this number of tokens."""
     rows = torch.arange(len(rollout.response_ids))
     return [rollout.rows(index) for index in rows.split(max(1, tokens // int(rollout.total_lengths.max())))]
 
 
 @torch.no_grad()
-def reference_log_probs(reference: Any, rollout: Rollout, tokens: int) -> Tensor:
+def reference_log_probs(reference: Any, rollout: Samples, tokens: int) -> Tensor:
     """Log-probs of the response tokens, (B, T), in micro-batches."""
     log_probs = (part.at_tokens(log_probs_of(reference, *part.sequences())) for part in micro_batches(rollout, tokens))
     return torch.cat(list(log_probs))
@@ -100,11 +100,11 @@ def step(policy: Any, reference: Any, optimizer: Any, batch: dict[str, Tensor], 
     """One step on a batch of prompts: the figures of each phase."""
     figures, resident, stops = {}, reset_peak(), [policy.config.vocab_size]
     with measured(figures, "rollout", resident):
-        rollout, _ = TransformersEngine().generate(policy, batch, Sampling(length), stop_token_ids=stops)
+        samples, _ = TransformersEngine().sample_and_greedy(policy, batch, Sampling(length), stop_token_ids=stops)
     with measured(figures, "reference", resident):
-        ref_log_probs = reference_log_probs(reference, rollout, MICRO_BATCH_TOKENS)
+        ref_log_probs = reference_log_probs(reference, samples, MICRO_BATCH_TOKENS)
     rewards, baselines = torch.randn(2, len(ref_log_probs))
-    rollout = replace(rollout, rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
+    rollout = samples.scored(rewards, baselines, ref_log_probs)
     with measured(figures, "update", resident):
         add_gradients(policy, rollout, MICRO_BATCH_TOKENS)
         take_step(policy, optimizer)

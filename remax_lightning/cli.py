@@ -1,30 +1,58 @@
 """The command line: Lightning's sub-commands and the project's own; the only place that parses arguments."""
 
+import inspect
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jsonargparse import auto_cli
+from datasets import Dataset, IterableDataset
+from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax_lightning import data, modules, rewards, rollout, strategies  # noqa: F401 (known by short names)
-from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck
-from remax_lightning.callbacks.hf_export import export_module
+from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck, StepBar
+from remax_lightning.callbacks.find_checkpoint import checkpoint_folder, verified
+from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import check_model, flat
-from remax_lightning.callbacks.safe_checkpoint_io import check_complete, newest_complete, read_checkpoint
-from remax_lightning.data.toy import write_world
+from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
+from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
+from remax_lightning.cli_errors import TRACEBACK, nearest, refuse, sentence, shows_traceback
+from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
-from remax_lightning.modules.supported import unsupported_strategy
 from remax_lightning.plan import print_plan
+from remax_lightning.rewards import RewardFunction
 
-FUNCTIONS: dict[str, Any] = {"world": write_world, "report": report}
+FUNCTIONS: dict[str, Any] = {"make-toy-data": make_toy_data, "report": report}
+
+
+def refuse_python_only(value: object) -> str:
+    """Refuse a value of a type that the command line cannot give, such as a loaded model.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"only Python code can give an object here, got {value!r}")
+
+
+for python_only in (PreTrainedModel, PreTrainedTokenizerBase, RewardFunction, Dataset, IterableDataset):
+    # the serializer, too: by default it would turn any list into text
+    register_type(python_only, serializer=refuse_python_only, deserializer=refuse_python_only)
+
+EPILOG = (
+    f"An error is one sentence; set {TRACEBACK}=1 for the traceback. Completion of options in a shell (needs shtab): "
+    "--print_completion shtab-bash > FILE, then source FILE. A configuration with explanations (needs ruamel.yaml): "
+    "fit --config FILE --print_config=comments."
+)
+INTERRUPTED = 130  # what a shell says of a process that SIGINT ended
 
 
 class ExportingTrainer(Trainer):
@@ -41,16 +69,21 @@ class ExportingTrainer(Trainer):
 
         Args:
             model: The module whose checkpoint it is.
-            ckpt_path: Checkpoint, or ``last`` for the newest of the run.
+            ckpt_path: Checkpoint; or ``last`` for the newest or ``best`` for the best of the run.
             output_dir: Folder to write.
             datamodule: Not used.
         """
         model.configure_model()
-        checkpoint = read_checkpoint(ckpt_path)
+        path = verified(ckpt_path)
+        checkpoint = read_checkpoint(path)
         check_model(checkpoint, model, is_fit=False)
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
-        export_module(model, output_dir)
-        print(f"exported {ckpt_path} to {output_dir}")
+        record = TrainingRecord(type(model).__name__, int(checkpoint["global_step"]), path.name, is_last=False)
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, Checkpoint):
+                record = recorded(record, path, callback.store)
+        export_module(model, output_dir, record)
+        print(f"exported {record} to {output_dir}")
 
     @staticmethod
     def plan(model: Mapping[str, Any], gpus: int, gpu_memory: float = 80.0) -> None:
@@ -81,26 +114,48 @@ class CLI(LightningCLI):
         """Lightning's sub-commands, export and plan."""
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "plan": {"model"}}
 
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse the command line as it is meant; see :func:`prepare`."""
+        given = sys.argv[1:] if args is None else args
+        names = {name for each in self.subcommands() for name in method_arguments(each)}
+        own = method_arguments(given[0]) if given[0] in self.subcommands() else names
+        try:
+            prepared = prepare(given, names - own)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        self.config = parser.parse_args(prepared)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot run before anything is loaded."""
+        config = self.config[self.subcommand]
+        try:
+            check_trainer(config)
+            check_data(config, str(self.subcommand))
+        except ValueError as error:
+            self._parser(self.subcommand).error(str(error))
+
     def instantiate_classes(self) -> None:
-        """Show what is wrong with an argument as one sentence; jsonargparse wraps it in many."""
+        """Build the module, the data and the trainer; a plan needs none of them."""
         if self.subcommand == "plan":
             return
         try:
             super().instantiate_classes()
-        except (ValueError, OSError) as error:
-            if (own := own_error(error)) is None:
+        except Exception as error:
+            if shows_traceback() or (told := sentence(error)) is None:
                 raise
-            self._parser(self.subcommand).error(str(own))
+            self._parser(self.subcommand).error(told)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to ``<default_root_dir>/logs`` (``validate``, ``test``, ... beside it) unless a logger is set."""
-        if self._get(self.config_init, "trainer.logger") in (None, True):
-            root = self._get(self.config_init, "trainer.default_root_dir") or "."
+        given = self._get(self.config_init, "trainer")
+        if given.logger in (None, True):
             name = "logs" if self.subcommand == "fit" else str(self.subcommand)
-            kwargs["logger"] = CSVLogger(root, name=name, flush_logs_every_n_steps=10)
-        strategy = self._get(self.config_init, "trainer.strategy")
-        if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp", "fsdp2")):
-            raise unsupported_strategy(strategy)  # before Lightning asks for what it would take
+            kwargs["logger"] = CSVLogger(given.default_root_dir or ".", name=name, flush_logs_every_n_steps=10)
+        if isinstance(given.strategy, str):
+            kwargs["strategy"] = {"FSDP2Strategy": "fsdp2", "DDPStrategy": "ddp"}.get(given.strategy, given.strategy)
+        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        if given.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            kwargs["callbacks"] = [*(each for each in callbacks if each is not None), StepBar()]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -123,71 +178,65 @@ class CLI(LightningCLI):
             self._parser("plan").error(str(error))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Read ``--ckpt_path last`` as the newest complete checkpoint in the run's folder, and check a file.
+        """Find the checkpoint of the run that ``--ckpt_path`` means.
 
-        Lightning only warns where there is none and goes on with the weights as they are; here only a fit starts anew.
+        Lightning only warns where there is none and goes on with the weights as they are; here only ``fit`` with
+        ``last`` starts from the beginning.
         """
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") not in (None, "hpc"):
-            folder = checkpoint_folder(self._get(self.config_init, "trainer.default_root_dir"))
-            kwargs["ckpt_path"] = find_checkpoint(str(kwargs["ckpt_path"]), folder, is_fit=subcommand == "fit")
+            (callback,) = (each for each in self.trainer.checkpoint_callbacks if isinstance(each, Checkpoint))
+            kwargs["ckpt_path"] = callback.find(str(kwargs["ckpt_path"]), is_fit=subcommand == "fit")
         return kwargs
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as the user gave it: a checkpoint's hyper-parameters never override it."""
 
 
-def own_error(error: BaseException) -> BaseException | None:
-    """The innermost error of a chain that was raised by this package; None if there is none."""
-    chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(inner)
-    for each in reversed(chain):
-        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(each.__traceback__)]
-        if raised_in and raised_in[-1].startswith("remax_lightning."):
-            return each
-    return None
-
-
-def find_checkpoint(given: str, folder: str, is_fit: bool) -> str | None:
-    """The file that ``--ckpt_path`` means.
-
-    Args:
-        given: ``last`` or a path.
-        folder: Where the run keeps its checkpoints.
-        is_fit: A fit may start without a checkpoint.
-
-    Raises:
-        ValueError: If it is an address of another kind, or corrupt.
-        FileNotFoundError: If it is not there.
-    """
-    if "://" in given or given.startswith("registry"):
-        raise ValueError(f"--ckpt_path takes a local file or last, got {given}; copy it to this machine first")
-    if given != "last":
-        check_complete(given)
-        return given
-    newest = newest_complete(folder)
-    if newest is None and not is_fit:
-        raise FileNotFoundError(f"--ckpt_path last: there is no checkpoint in {folder}; run fit first, or name a file")
-    return None if newest is None else str(newest)
-
-
-def checkpoint_folder(root: str | None) -> str:
-    """Where a run with this ``trainer.default_root_dir`` keeps its checkpoints."""
-    return os.path.join(os.path.abspath(root or "."), "checkpoints")
+def method_arguments(subcommand: str) -> set[str]:
+    """Settings that a sub-command has beside the trainer, the model and the data."""
+    skipped = {"self", *CLI.subcommands()[subcommand]}
+    return set(inspect.signature(getattr(ExportingTrainer, subcommand)).parameters) - skipped
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a sub-command.
+    """Run a sub-command; an error of the user's ends the process with one sentence.
 
     Args:
-        args: The command line; the default is the process's own.
+        args: The command line, from Python, where errors are raised as they are. The default is the process's own.
+    """
+    if args is not None:
+        run(args)
+        return
+    try:
+        run(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning shuts down and leaves with 1
+            sys.exit(INTERRUPTED)
+        raise
+    except Exception as error:
+        if shows_traceback() or (told := sentence(error)) is None:
+            raise
+        sys.exit(f"error: {told}")
+
+
+def run(args: Sequence[str]) -> None:
+    """Parse a command line and run its sub-command.
+
+    Args:
+        args: The sub-command and its arguments.
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     sys.path.append(os.getcwd())  # reward functions of the user's own
-    given = sys.argv[1:] if args is None else args
-    if given and given[0] in FUNCTIONS:
-        auto_cli(FUNCTIONS, args=given, as_positional=False)
+    set_parsing_settings(add_print_completion_argument=True)
+    names = [*CLI.subcommands(), *FUNCTIONS]
+    if not args or (not args[0].startswith("-") and args[0] not in names):
+        wrong = f", got {args[0]}{nearest(args[0], names)}" if args else "; --help says what they do"
+        refuse(f"the first argument must be a sub-command: {', '.join(names)}{wrong}")
+    if args[0] in FUNCTIONS:
+        auto_cli(FUNCTIONS, args=list(args), as_positional=False, parser_class=Parser)
         return
     CLI(
         TrainableModule,
@@ -197,17 +246,19 @@ def main(args: list[str] | None = None) -> None:
         trainer_class=ExportingTrainer,
         trainer_defaults={
             "inference_mode": False,  # a sharded model that first ran under inference mode cannot be trained
-            "use_distributed_sampler": False,  # the data modules split their rows over the processes themselves
+            "use_distributed_sampler": False,  # the data modules shard their rows themselves
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
         },
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
+        parser_class=Parser,
         parser_kwargs={
             "description": "ReMax and its pipeline: supervised fine-tuning, reward model, ReMax. "
-            "Further sub-commands, each with its own --help: world (make the quickstart's data), "
-            "report (table, plot and summary of a tested run)."
+            "Further sub-commands, each with its own --help: make-toy-data (the quickstart's data), "
+            "report (table, plot and summary of a tested run).",
+            "epilog": EPILOG,
         },
-        args=args,
+        args=list(args),
     )

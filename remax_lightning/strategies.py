@@ -2,13 +2,13 @@
 
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from remax_lightning.callbacks.checkpoint_folder import load_folder
-from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
+from remax_lightning.callbacks.find_checkpoint import verified_on_rank_0
+from remax_lightning.callbacks.safe_checkpoint_io import safe_checkpoint_io
 from remax_lightning.models.optimizer_state import keyed_by_index, keyed_by_name
 from remax_lightning.models.parallelize import Sharding
 from remax_lightning.modules.base import TrainableModule
@@ -29,21 +30,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Splits parameters, gradients and optimizer states over all processes; ``--trainer.strategy fsdp2`` for short.
+    """Shards parameters, gradients and optimizer states over all ranks; ``--trainer.strategy fsdp2`` for short.
 
-    The policy, the reference and the reward model are split block by block. What is trained is kept in float32 and
-    gradients are reduced in float32, whatever the compute type, so leave ``--trainer.precision`` at 32-true.
+    The policy, the reference and the reward model are sharded block by block. Trained weights are float32 and gradients
+    are reduced in float32, whatever the compute type, so leave ``--trainer.precision`` at 32-true.
 
     Args:
         compute_dtype: Type of the gathered parameters and of activations.
-        replicas: Groups of processes that hold all parameters each; gradients are averaged over the groups. With one
-            group for each machine, parameters are gathered inside of machines and only gradients cross between them.
-        offload_frozen: Keep the reference and the reward model in host memory while they are not used; needs a GPU.
-        sync_every_micro_batch: Reduce and split gradients after each micro-batch, not once a step: more communication,
-            and no process ever holds all gradients.
-        save_sharded: A checkpoint is a folder into which each process writes its part; if false, process 0 gathers
-            everything in its host memory and writes one file.
-        timeout_minutes: How long a process waits for the others before it gives up: longer than a rollout takes.
+        replicas: Number of full copies of the parameters, each sharded over a group of ranks; gradients are averaged
+            over the groups. With one group per machine, only gradients cross between machines.
+        offload_frozen: Move the reference and the reward model to host memory while they are not used; needs a GPU.
+        sync_every_micro_batch: Reduce and scatter gradients after each micro-batch, not once a step: more
+            communication, but no rank ever has unsharded gradients.
+        save_sharded: A checkpoint is a folder into which each rank writes its shards; if false, rank 0 gathers
+            everything in host memory and writes one file.
+        timeout_minutes: How long a rank waits for the others before it gives up: longer than a rollout takes.
 
     Raises:
         ValueError: If ``replicas`` is below 1 or the timeout is not positive.
@@ -71,22 +72,29 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.offload_frozen, self.sync_every_micro_batch = offload_frozen, sync_every_micro_batch
 
     def setup_environment(self) -> None:
-        """Start the processes' communication and tell the module how to split its models.
+        """Start the process group and tell the module how to shard its models.
 
         Raises:
-            ValueError: If the processes cannot be split into as many groups, or host memory is asked for on a CPU.
+            ValueError: If ``replicas`` does not divide the world size, or ``offload_frozen`` is set on a CPU.
         """
-        # a model's output is never changed in place here
+        # no output of a model is changed in place here
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._data_parallel_size = self.num_nodes * self.num_processes
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        rank_zero_info(f"fsdp2 computes in {dtype} (trainer.strategy.compute_dtype); trained weights stay in float32")
         super().setup_environment()
         if self.world_size % self.replicas:
             raise ValueError(
-                f"replicas must divide the number of processes, {self.world_size}, got replicas={self.replicas}"
+                f"replicas must divide the number of ranks, {self.world_size}, got replicas={self.replicas}"
             )
         if self.offload_frozen and self.root_device.type == "cpu":
             raise ValueError("offload_frozen moves frozen models from a GPU to host memory; on a CPU set it to false")
         assert isinstance(self.lightning_module, TrainableModule)
+        if self.compute_dtype is not torch.float32 and self.lightning_module.sharding is None:
+            rank_zero_info(
+                "fsdp2 computes in bfloat16 and trains float32 weights, though trainer.precision is "
+                f"{self.precision_plugin.precision}; for float32 set trainer.strategy.compute_dtype to float32"
+            )
         self.lightning_module.sharding = Sharding(
             mesh=self._sharding_mesh(),
             device=self.root_device,
@@ -96,36 +104,34 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of an optimizer: this process's part by parameter names, or in process 0 all of it as torch has it."""
+        """State of an optimizer: the shards of this rank by parameter name, or on rank 0 all of it by index."""
         raw = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        is_whole = not self._save_distributed_checkpoint
+        is_unsharded = not self._save_distributed_checkpoint
         assert self.model is not None
-        options = StateDictOptions(full_state_dict=is_whole, cpu_offload=True)
+        options = StateDictOptions(full_state_dict=is_unsharded, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, raw, options=options)
-        return keyed_by_index(state) if is_whole and self.is_global_zero else state
+        return keyed_by_index(state) if is_unsharded and self.is_global_zero else state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint, each process its part, or process 0 all of it."""
-        path = self.broadcast(filepath)
+        """Write a checkpoint to the path of rank 0: each rank its shards, or rank 0 all of it."""
+        path, io = self.broadcast(filepath), safe_checkpoint_io(self.checkpoint_io)
         if self._save_distributed_checkpoint:
-            self._safe_io.save_sharded(checkpoint, path)
+            io.save_sharded(checkpoint, path, storage_options)
         elif self.is_global_zero:
-            self._safe_io.save_checkpoint(checkpoint, path)
+            io.save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of any number of processes into the model and its optimizers."""
-        path = Path(self.broadcast(checkpoint_path))
+        """Read a checkpoint of any world size into the model and its optimizers."""
+        path, io = verified_on_rank_0(checkpoint_path), safe_checkpoint_io(self.checkpoint_io)
         assert self.model is not None
         assert self.lightning_module is not None
-        options = StateDictOptions(strict=self.lightning_module.strict_loading)
+        options = StateDictOptions(strict=self.lightning_module.strict_loading, full_state_dict=not path.is_dir())
+        checkpoint = io.read(path, shards=not path.is_dir())
         if path.is_dir():
-            checkpoint = self._safe_io.describe(path)
             state = get_model_state_dict(self.model)
             live = [get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers]
             states = load_folder(path, state, live)
         else:
-            checkpoint = self._safe_io.load_checkpoint(path)
-            options.full_state_dict = True
             state = checkpoint["state_dict"]
             names = {id(value): name for name, value in self.lightning_module.named_parameters()}
             states = []
@@ -137,16 +143,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             set_optimizer_state_dict(self.model, optimizer, cast(Any, each), options=options)
         return checkpoint
 
-    @property
-    def _safe_io(self) -> SafeCheckpointIO:
-        io = self.checkpoint_io
-        return io if isinstance(io, SafeCheckpointIO) else SafeCheckpointIO()
-
     def _sharding_mesh(self) -> DeviceMesh:
         device_type, group = self.root_device.type, self.world_size // self.replicas
         if self.replicas == 1:
             return init_device_mesh(device_type, (group,), mesh_dim_names=("shard",))
-        # groups that wait as long as the processes do; those that a mesh makes itself do not
+        # groups with the timeout of the strategy; those that a mesh makes itself have torch's default
         ranks = torch.arange(self.world_size).view(self.replicas, group)
         groups = [
             dist.new_subgroups_by_enumeration(lists.tolist(), timeout=self._timeout)[0] for lists in (ranks.T, ranks)

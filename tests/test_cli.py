@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from remax_lightning import cli
 from remax_lightning.modules import ReMax
+from remax_lightning.strategies import FSDP2Strategy
 
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
-
-
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
 
 
 @pytest.fixture
@@ -131,6 +130,123 @@ def test_the_saved_configuration_repeats_the_run(remax: Path, tmp_path: Path) ->
     assert tiny.are_equal(weights(root / "hf"), weights(again / "hf"))
 
 
+def test_a_saved_configuration_works_with_every_sub_command(remax: Path, tmp_path: Path) -> None:
+    run("fit", "--config", remax, "--ckpt_path", "last")
+    root = tmp_path / "remax_run"
+    saved = root / "logs" / "version_0" / "config.yaml"
+    for subcommand in ("validate", "test", "predict"):
+        run(subcommand, "--config", saved)
+    run("export", "--config", saved, "--output_dir", tmp_path / "exported")
+    assert tiny.are_equal(weights(tmp_path / "exported"), weights(root / "hf"))
+    run("plan", "--config", saved, "--gpus", 1)
+    for subcommand in ("test", "predict"):
+        other = root / subcommand / "version_0" / "config.yaml"
+        run("fit", "--config", other, "--trainer.max_steps", 4, "--trainer.logger", "false")
+
+
+def test_export_and_predict_do_without_the_reward_model(policy: str, tmp_path: Path) -> None:
+    prompts = tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in tiny.PROMPTS])
+    reward = Path(tiny.save_reward_model(tmp_path / "reward"))
+    init = {
+        "policy": {"path": policy},
+        "reward": {"class_path": "ModelReward", "init_args": {"path": str(reward)}},
+        "sampling": {"max_new_tokens": 4},
+        "optimizer": SGD,
+    }
+    data = {"train": prompts, "predict": prompts, "batch_size": 2}
+    config = write(tmp_path, "scored", init, "ReMax", data, "PromptDataModule", 1)
+    run("fit", "--config", config)
+    reward.rename(tmp_path / "elsewhere")
+    run("export", "--config", config, "--ckpt_path", "last", "--output_dir", tmp_path / "exported")
+    assert tiny.are_equal(weights(tmp_path / "exported"), weights(tmp_path / "scored_run" / "hf"))
+    run("predict", "--config", config, "--ckpt_path", "last")
+    assert len(tiny.read_rows(tmp_path / "scored_run" / "predictions.jsonl")) == len(tiny.PROMPTS)
+
+
+@pytest.mark.xfail(strict=True, reason="data.seed does not follow seed_everything yet")
+def test_one_seed_decides_the_run(remax: Path, tmp_path: Path, fitted: list[Any]) -> None:
+    def trained(name: str, *arguments: object) -> dict[str, torch.Tensor]:
+        run("fit", "--config", remax, "--trainer.default_root_dir", tmp_path / name, *arguments)
+        return weights(tmp_path / name / "hf")
+
+    first, again = (trained(name, "--seed_everything", 1) for name in ("first", "again"))
+    assert tiny.are_equal(first, again)
+    other = trained("other", "--seed_everything", 2)
+    assert not tiny.are_equal(first, other)
+    # both of the seeds that follow the one: the responses', and that of the order of prompts
+    responses = trained("responses", "--seed_everything", 2, "--model.seed", 1)
+    assert not tiny.are_equal(responses, other)
+    assert not tiny.are_equal(responses, first)
+    both = trained("both", "--seed_everything", 2, "--model.seed", 1, "--data.seed", 1)
+    assert tiny.are_equal(both, first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [
+        (["--trainer.strategy", "FSDP2Strategy"], torch.bfloat16),
+        (["--trainer.strategy", "fsdp2"], torch.bfloat16),
+        (["--trainer.strategy", "fsdp2", "--trainer.strategy.compute_dtype", "float32"], torch.float32),
+        (["--trainer.strategy=fsdp2", "--trainer.strategy.compute_dtype=float32"], torch.float32),
+        (["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.compute_dtype", "float32"], torch.float32),
+        (["--config", "short.yaml", "--trainer.strategy.compute_dtype", "float32"], torch.float32),
+        (["--config", "class.yaml", "--config", "other.yaml"], torch.float32),
+        (["--config", "class.yaml", "--trainer.strategy.compute_dtype", "bfloat16"], torch.bfloat16),
+    ],
+)
+def test_a_strategy_by_either_name(
+    remax: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fitted: list[Any],
+    arguments: list[str],
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(cli.ExportingTrainer, "fit", lambda self, model, **_: fitted.append(self.strategy))
+    monkeypatch.chdir(tmp_path)
+    Path("short.yaml").write_text("trainer: {strategy: fsdp2}")
+    Path("class.yaml").write_text(
+        "trainer: {strategy: {class_path: FSDP2Strategy, init_args: {compute_dtype: float32}}}"
+    )
+    Path("other.yaml").write_text("trainer: {max_steps: 2}")
+    run("fit", "--config", remax, *arguments)
+    assert type(fitted[0]) is FSDP2Strategy
+    assert fitted[0].compute_dtype == dtype
+
+
+def test_settings_of_the_trainer_that_are_true_already(remax: Path, fitted: list[Any]) -> None:
+    run("fit", "--config", remax, "--trainer.accumulate_grad_batches", 1, "--trainer.gradient_clip_val", 1.0)
+    assert fitted[0].max_grad_norm == 1.0
+
+
+def test_print_config_explains(remax: Path, tmp_path: Path) -> None:
+    first = printed("fit", "--config", remax, "--print_config=comments")
+    path = tmp_path / "printed.yaml"
+    path.write_text(first)
+    assert "# Steps between two lines; 0 prints none." in first
+    assert printed("fit", "--config", path, "--print_config=comments") == first
+
+
+@pytest.mark.parametrize(("program", "typed"), [("cli.py", "python cli.py"), ("remax-lightning", "remax-lightning")])
+def test_options_are_completed(program: str, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "--print_completion", "shtab-bash"])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
+        cli.main()
+    (tmp_path / "script").write_text(output.getvalue())
+    first = typed.split()[0]
+    script = f"""
+        source {tmp_path / "script"}
+        function=$(complete -p {first} | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
+        COMP_WORDS=({typed} fit --trainer.max_ep)
+        COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+        $function
+        echo "${{COMPREPLY[@]}}"
+    """
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["--trainer.max_epochs"], ended.stderr
+
+
 def test_last_resumes(remax: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     run("fit", "--config", remax, "--trainer.default_root_dir", whole, "--model.lr_schedule", "constant")
@@ -146,6 +262,33 @@ def test_last_without_a_checkpoint(remax: Path, tmp_path: Path) -> None:
         run("validate", "--config", remax, "--ckpt_path", "last")
     run("fit", "--config", remax, "--ckpt_path", "last")
     assert (tmp_path / "remax_run" / "hf").exists()
+
+
+def test_a_fit_without_validation_rows(remax: Path, tmp_path: Path) -> None:
+    run("fit", "--config", remax, "--hf_export.enabled", "false")
+    weights_with = torch.load(tmp_path / "remax_run" / "checkpoints" / "step=3.ckpt", weights_only=True)
+    options = ["--trainer.val_check_interval", 100, "--trainer.default_root_dir", tmp_path / "other"]
+    run("fit", "--config", remax, "--data.validation", "null", *options, "--hf_export.enabled", "false")
+    weights_without = torch.load(tmp_path / "other" / "checkpoints" / "step=3.ckpt", weights_only=True)
+    for name, weight in weights_with["state_dict"].items():
+        assert torch.equal(weight, weights_without["state_dict"][name])
+    metrics = (tmp_path / "other" / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "train/reward" in metrics
+    assert "val/" not in metrics
+
+
+def test_what_only_python_can_give_is_refused(remax: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("Dataset", "IterableDataset"):
+        message = refused(capsys, "fit", "--config", remax, "--data.train", f'{{"class_path": "datasets.{kind}"}}')
+        assert "a datasets.Dataset can only be given in Python; give a file, folder, hub name or list" in message
+
+
+@pytest.mark.parametrize("train", [["a.jsonl", "b.jsonl"], [{"prompt": "a b"}, {"prompt": "b c"}]])
+def test_lists_of_sources_and_of_rows_round_trip(remax: Path, tmp_path: Path, train: list[Any]) -> None:
+    text = printed("fit", "--config", remax, "--data.train", json.dumps(train), "--print_config")
+    assert yaml.safe_load(text)["data"]["init_args"]["train"] == train
+    (tmp_path / "printed.yaml").write_text(text)
+    assert printed("fit", "--config", tmp_path / "printed.yaml", "--print_config") == text
 
 
 def test_sft_and_reward_model(policy: str, tmp_path: Path) -> None:
@@ -261,25 +404,25 @@ def test_print_config_round_trips(remax: Path, tmp_path: Path) -> None:
     path.write_text(first)
     assert printed("fit", "--config", path, "--print_config") == first
     config = yaml.safe_load(first)
-    assert config["model"]["class_path"] == "remax_lightning.modules.ReMax"
+    assert config["model"]["class_path"] == "remax_lightning.ReMax"
     assert config["model"]["init_args"]["gamma"] == 0.9
 
 
 def test_sub_commands_are_there() -> None:
     text = printed("--help")
-    for name in ("fit", "validate", "test", "predict", "export", "world", "report"):
+    for name in ("fit", "validate", "test", "predict", "export", "make-toy-data", "report"):
         assert name in text
-    assert "--output_dir" in printed("world", "--help")
-    assert "--responses" in printed("report", "--help")
+    assert "--output_dir" in printed("make-toy-data", "--help")
+    assert "--run_dir" in printed("report", "--help")
     assert "--output_dir" in printed("export", "--help")
 
 
-def test_world_and_report(remax: Path, tmp_path: Path) -> None:
+def test_toy_data_and_report(remax: Path, tmp_path: Path) -> None:
     sizes = [text for name in ("demonstrations", "preferences", "prompts", "held_out") for text in (f"--num_{name}", 8)]
-    run("world", "--output_dir", tmp_path / "world", "--vocab_size", 300, *sizes)
-    assert len(tiny.read_rows(tmp_path / "world" / "prompts.jsonl")) == 8
+    run("make-toy-data", "--output_dir", tmp_path / "toy", "--vocab_size", 300, *sizes)
+    assert len(tiny.read_rows(tmp_path / "toy" / "prompts.jsonl")) == 8
     run("fit", "--config", remax)
     run("test", "--config", remax, "--ckpt_path", "last")
     root = tmp_path / "remax_run"
-    run("report", "--responses", root / "responses.jsonl", "--run_dir", root, "--output_dir", tmp_path / "report")
+    run("report", "--run_dir", root, "--output_dir", tmp_path / "report")
     assert {"summary.json", "reward.png"} <= {path.name for path in (tmp_path / "report").iterdir()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 
 from remax_lightning.cli import main
@@ -49,6 +50,66 @@ def test_there_are_configurations() -> None:
 @pytest.mark.parametrize("path", BASES, ids=name)
 def test_a_configuration_arrives_whole(path: Path) -> None:
     assert missing(yaml.safe_load(path.read_text(encoding="utf-8")), parsed("--config", str(path))) == []
+
+
+STARTING = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STARTING, ids=name)
+def test_a_starting_configuration_names_no_data_and_one_seed(path: Path) -> None:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert not {"train", "validation", "test", "predict", "seed"} & set(config["data"]["init_args"])
+    assert "seed" not in config["model"]["init_args"]
+    assert f"--config configs/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory where the first two stages have run, by the commands that their files give."""
+    root = tmp_path_factory.mktemp("stages")
+    model = tiny.save_model(root / "model")
+    prompts = [f"{prompt} {letter}" for prompt in tiny.PROMPTS for letter in "abcdefg"]  # one batch of 32, and a few
+    tiny.write_rows(root / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    tiny.write_rows(root / "demonstrations.jsonl", [{"prompt": prompt, "response": " c d"} for prompt in prompts])
+    pairs = [{"prompt": prompt, "chosen": " c d", "rejected": " e"} for prompt in prompts]
+    tiny.write_rows(root / "pairs.jsonl", pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        main(
+            [
+                "fit",
+                "--config",
+                f"{CONFIGS}/sft.yaml",
+                "--model.policy.path",
+                model,
+                "--data.train",
+                "demonstrations.jsonl",
+            ]
+        )
+        main(
+            [
+                "fit",
+                "--config",
+                f"{CONFIGS}/reward_model.yaml",
+                "--model.model.path",
+                model,
+                "--data.train",
+                "pairs.jsonl",
+            ]
+        )
+    return root
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_the_first_command_on_data_of_ones_own(stage: str, stages: Path) -> None:
+    assert (stages / "runs" / stage / "hf" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["remax", "reinforce", "rloo", "ppo"])
+def test_a_method_from_the_stages_before(method: str, stages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stages)
+    main(["fit", "--config", str(CONFIGS / f"{method}.yaml"), "--data.train", "prompts.jsonl"])
+    assert (stages / "runs" / method / "hf" / "model.safetensors").exists()
 
 
 def base_of(overlay: Path) -> Path:

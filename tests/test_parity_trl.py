@@ -37,16 +37,6 @@ KL_COEF = 0.3
 NUM_SAMPLES = 3
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-@pytest.fixture
-def reference(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "reference", seed=1)
-
-
 def ours(policy: str, folder: Path, kl_coef: float = 0.0, reference: str | None = None) -> tuple[Any, ...]:
     """One step: the rollout, the advantages, and the gradient."""
     module = RLOO(
@@ -132,10 +122,10 @@ def test_the_gradient_of_a_step_is_that_of_trl(policy: str, tmp_path: Path) -> N
 
 
 def test_advantages_with_a_kl_penalty_differ_by_what_has_no_expectation(
-    policy: str, reference: str, tmp_path: Path
+    policy: str, other: str, tmp_path: Path
 ) -> None:
-    rollout, advantages, _ = ours(policy, tmp_path, KL_COEF, reference)
-    their_advantages, _ = theirs(policy, tmp_path, rollout, KL_COEF, reference)
+    rollout, advantages, _ = ours(policy, tmp_path, KL_COEF, other)
+    their_advantages, _ = theirs(policy, tmp_path, rollout, KL_COEF, other)
     mask, ref_log_probs = rollout.response_mask, rollout.ref_log_probs
     assert ref_log_probs is not None
     kl = kl_k1(rollout.log_probs, ref_log_probs).masked_fill(~mask, 0.0)
@@ -146,11 +136,9 @@ def test_advantages_with_a_kl_penalty_differ_by_what_has_no_expectation(
     torch.testing.assert_close(advantages, expected.masked_fill(~mask, 0.0), atol=1e-4, rtol=1e-4)
 
 
-def test_with_the_kl_in_the_rewards_the_advantages_are_those_of_trl(
-    policy: str, reference: str, tmp_path: Path
-) -> None:
-    rollout, _, _ = ours(policy, tmp_path, KL_COEF, reference)
-    their_advantages, _ = theirs(policy, tmp_path, rollout, KL_COEF, reference)
+def test_with_the_kl_in_the_rewards_the_advantages_are_those_of_trl(policy: str, other: str, tmp_path: Path) -> None:
+    rollout, _, _ = ours(policy, tmp_path, KL_COEF, other)
+    their_advantages, _ = theirs(policy, tmp_path, rollout, KL_COEF, other)
     mask, ref_log_probs = rollout.response_mask, rollout.ref_log_probs
     assert ref_log_probs is not None
     rewards = rollout.rewards - KL_COEF * kl_k1(rollout.log_probs, ref_log_probs).masked_fill(~mask, 0.0).sum(1)

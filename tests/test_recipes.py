@@ -11,7 +11,7 @@ import yaml
 from datasets import ReadInstruction
 
 from remax_lightning.cli import main
-from remax_lightning.data.toy import write_world
+from remax_lightning.data.toy import make_toy_data
 from remax_lightning.models.language_model import load_language_model
 from remax_lightning.models.scalar_model import load_reward_model
 from remax_lightning.models.source import ModelSource
@@ -58,11 +58,11 @@ def sources(values: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the repository's root, with the small world that the overlays read."""
+    """A folder like the repository's root, with the toy data that the overlays read."""
     root = tmp_path_factory.mktemp("recipes")
     (root / "configs").symlink_to(CONFIGS)
-    write_world(
-        str(root / "runs/tiny/world"), num_demonstrations=20, num_preferences=20, num_prompts=20, num_held_out=8
+    make_toy_data(
+        str(root / "runs/tiny/data"), num_demonstrations=20, num_preferences=20, num_prompts=20, num_held_out=8
     )
     return root
 
@@ -84,7 +84,7 @@ def test_models_have_the_published_sizes(recipe: Path, at_root: Path) -> None:
     assert found
     for key, values in found.items():
         folder = values["architecture"]
-        source = ModelSource(path=folder, architecture=folder, tokenizer="runs/tiny/world/tokenizer")
+        source = ModelSource(path=folder, architecture=folder, tokenizer="runs/tiny/data/tokenizer")
         if key == "policy":
             model, published = load_language_model(source, on_meta=True), POLICIES
         else:
@@ -131,7 +131,7 @@ def test_the_stages_share_the_rows_without_overlap(model: str, split: str) -> No
 def test_ultrarm_reads_its_own_template(at_root: Path) -> None:
     reward = read(CONFIGS / "paper/mistral_7b_remax.yaml")["model"]["init_args"]["reward"]["init_args"]
     source = ModelSource(
-        path=reward["path"], tokenizer="runs/tiny/world/tokenizer", chat_template=reward["chat_template"]
+        path=reward["path"], tokenizer="runs/tiny/data/tokenizer", chat_template=reward["chat_template"]
     )
     messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
     words = source.load_tokenizer()

@@ -176,6 +176,11 @@ def sgd(lr: float = 1.0, **values: Any) -> Callable[..., torch.optim.Optimizer]:
     return lambda parameters: torch.optim.SGD(parameters, lr=lr, **values)
 
 
+def adam(lr: float = 1e-2, **values: Any) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW with a rate that moves every weight far in one step."""
+    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, **values)
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

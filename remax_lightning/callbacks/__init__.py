@@ -3,8 +3,8 @@
 from remax_lightning.callbacks.checkpoint import Checkpoint
 from remax_lightning.callbacks.gradient_variance import GradientVariance
 from remax_lightning.callbacks.hf_export import HFExport
-from remax_lightning.callbacks.progress_lines import ProgressLines
+from remax_lightning.callbacks.progress_lines import ProgressLines, StepBar
 from remax_lightning.callbacks.response_writer import ResponseWriter
 from remax_lightning.callbacks.self_check import SelfCheck
 
-__all__ = ["Checkpoint", "GradientVariance", "HFExport", "ProgressLines", "ResponseWriter", "SelfCheck"]
+__all__ = ["Checkpoint", "GradientVariance", "HFExport", "ProgressLines", "ResponseWriter", "SelfCheck", "StepBar"]

@@ -1,66 +1,61 @@
-"""Checkpoints that are folders: each process writes its part of a model that is split over processes.
+"""Checkpoints that are folders: each rank writes its shards of the model and of its optimizers.
 
-Tensors are in torch's distributed format, which any number of processes can read; all else is in a file of its own.
-What is read are tensors and plain types: torch's format holds a pickle, of which only what it needs is admitted.
+Tensors are in torch's distributed format, which any number of ranks can read; everything else is in a file of its own.
+Only tensors and plain types are read: torch's format contains a pickle, of which only what it needs is admitted.
 """
 
-import hashlib
+import io
 import pickle
+import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from remax_lightning.callbacks.synced_file import size_and_digest, sync_folder, write_synced
+from remax_lightning.callbacks.manifest import Files, UnusableCheckpoint
+from remax_lightning.callbacks.synced_file import size_and_digest, write_synced
 from remax_lightning.models.optimizer_state import keyed_by_index
 
-REST = "rest.pt"
-Files = dict[str, tuple[int, str]]
-"""Size in bytes and digest of each file."""
+NON_TENSOR_FILE = "rest.pt"
+METADATA_FILE = ".metadata"  # torch renames it to this when all shards are written and synced
 
 
-def write_part(checkpoint: dict[str, Any], folder: Path) -> Files:
-    """Write this process's part of a checkpoint; collective.
+def sharded_tensors(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint, this rank's shards of them, as torch's distributed format takes them."""
+    return {"state_dict": checkpoint["state_dict"], **_tensors(checkpoint.get("optimizer_states", []))}
 
-    Args:
-        checkpoint: With this process's part of the model and of its optimizers.
-        folder: Which does not exist yet.
+
+def write_non_tensors(checkpoint: dict[str, Any], folder: Path) -> Files:
+    """Write everything but the tensors of a checkpoint.
 
     Returns:
-        The files that this process wrote.
+        The file, its size in bytes and its digest.
     """
-    states = checkpoint.get("optimizer_states", [])
-    dcp.save({"state_dict": checkpoint["state_dict"], **_tensors(states)}, checkpoint_id=str(folder))
-    rank = dist.get_rank()
-    own = list(folder.glob(f"__{rank}_*"))
-    if rank == 0:
-        rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-        rest["optimizers"] = [_without_tensors(state) for state in states]
-        write_synced(folder / REST, lambda file: torch.save(rest, cast(Any, file)))
-        own += [folder / REST, folder / ".metadata"]
-    sync_folder(folder)
-    return {file.name: size_and_digest(file) for file in own}
+    others = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+    others["optimizers"] = [_without_tensors(state) for state in checkpoint.get("optimizer_states", [])]
+    return {NON_TENSOR_FILE: write_synced(folder / NON_TENSOR_FILE, lambda file: torch.save(others, cast(Any, file)))}
 
 
-def folder_size_and_digest(folder: Path) -> tuple[int, str]:
-    """Size in bytes and digest of a folder, of the content and the names of all its files."""
-    return together({file.name: size_and_digest(file) for file in folder.iterdir()})
+def written_files(metadata: Metadata, folder: Path) -> Files:
+    """The files that torch has written, with the sizes that each rank reported.
 
-
-def together(files: Files) -> tuple[int, str]:
-    """Size in bytes and digest of a folder by those of its files."""
-    lines = "".join(f"{name} {digest}\n" for name, (_, digest) in sorted(files.items()))
-    return sum(size for size, _ in files.values()), hashlib.sha256(lines.encode()).hexdigest()
+    They are not listed: a shared file system may show the files of other machines later.
+    """
+    sizes: dict[str, int] = {}
+    for shard in cast(dict[Any, Any], metadata.storage_data).values():
+        end = shard.offset + shard.length
+        sizes[shard.relative_path] = max(sizes.get(shard.relative_path, 0), end)
+    shards = {name: (size, str(size)) for name, size in sizes.items()}
+    return {METADATA_FILE: size_and_digest(folder / METADATA_FILE), **shards}
 
 
 def describe_folder(folder: str | Path) -> dict[str, Any]:
-    """A checkpoint without the values of its tensors: the model's are empty, the optimizers' are absent."""
-    checkpoint = _read_rest(folder)
+    """A checkpoint without the values of its tensors: the model's are on the meta device, the optimizers' absent."""
+    checkpoint = _read_non_tensors(folder)
     del checkpoint["optimizers"]
     entries = PlainReader(folder).read_metadata().state_dict_metadata
     prefix = "state_dict."
@@ -73,14 +68,14 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
 
 
 def read_folder(folder: str | Path) -> dict[str, Any]:
-    """A whole checkpoint in the memory of this process alone, in the form of a checkpoint file."""
-    checkpoint, reader = _read_rest(folder), PlainReader(folder)
+    """An unsharded checkpoint in the memory of this process, in the form of a checkpoint file."""
+    checkpoint, reader = _read_non_tensors(folder), PlainReader(folder)
     metadata = reader.read_metadata()
     values = {
         name: torch.empty(cast(Any, entry).size, dtype=cast(Any, entry).properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
     }
-    dcp.load(values, storage_reader=reader, no_dist=True)
+    _load(values, reader, no_dist=True)
     nested: dict[str, Any] = {"state_dict": {}}
     for name, path in metadata.planner_data.items():
         place = nested
@@ -96,36 +91,61 @@ def read_folder(folder: str | Path) -> dict[str, Any]:
 
 
 def load_folder(folder: Path, state: dict[str, Any], optimizer_states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Read the tensors of split models and optimizers in place; collective.
+    """Read the shards of a model and its optimizers in place; collective.
 
     Args:
         folder: The checkpoint.
-        state: The model's, as split as it is.
-        optimizer_states: The optimizers', likewise, by the names of parameters.
+        state: The model's state, sharded as the model is.
+        optimizer_states: The optimizers' states, sharded as the model is, by the names of parameters.
 
     Returns:
-        The optimizers' states with what is no tensor, too.
+        The optimizers' states with what is not a tensor.
+
+    Raises:
+        UnusableCheckpoint: On all ranks, if one of them cannot read its shards.
     """
-    dcp.load({"state_dict": state, **_tensors(optimizer_states)}, storage_reader=PlainReader(folder))
-    saved = _read_rest(folder)["optimizers"]
-    return [_joined(rest, state["state"]) for rest, state in zip(saved, optimizer_states, strict=True)]
+    _load({"state_dict": state, **_tensors(optimizer_states)}, PlainReader(folder))
+    saved = _read_non_tensors(folder)["optimizers"]
+    return [_joined(others, state["state"]) for others, state in zip(saved, optimizer_states, strict=True)]
+
+
+def _load(values: dict[str, Any], reader: "PlainReader", *, no_dist: bool = False) -> None:
+    try:
+        dcp.load(values, storage_reader=reader, no_dist=no_dist)
+    except CheckpointException as error:  # which is a BaseException
+        reason = str(error).strip().splitlines()[-1]
+        raise UnusableCheckpoint(
+            f"the checkpoint {reader.path} cannot be read ({reason}); give another one, or last for the newest"
+        ) from error
 
 
 class PlainReader(FileSystemReader):
-    """Reads torch's distributed format, but of its pickle only what describes tensors."""
+    """Reads torch's distributed format: of its pickle only what describes tensors, and no shard that is damaged."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the folder holds.
+        """The description of the folder's tensors.
 
         Raises:
             UnpicklingError: If there is anything else in the pickle.
         """
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open(Path(self.path) / METADATA_FILE, "rb") as file:
             metadata = _Unpickler(file).load()
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        # each shard is a zip archive with a checksum for each of its records, which torch.load does not look at
+        content = io.BytesIO(super()._slice_file(file, sinfo).read())
+        try:
+            damaged = zipfile.ZipFile(content).testzip()
+        except zipfile.BadZipFile:
+            damaged = "its archive"
+        if damaged is not None:
+            raise ValueError(f"{sinfo.relative_path} is not what was written")
+        content.seek(0)
+        return content
 
 
 class _Unpickler(pickle.Unpickler):
@@ -147,8 +167,8 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"its description holds a {module}.{name}")
 
 
-def _read_rest(folder: str | Path) -> dict[str, Any]:
-    return torch.load(Path(folder) / REST, map_location="cpu", weights_only=True)
+def _read_non_tensors(folder: str | Path) -> dict[str, Any]:
+    return torch.load(Path(folder) / NON_TENSOR_FILE, map_location="cpu", weights_only=True)
 
 
 def _name(number: int) -> str:
@@ -175,6 +195,6 @@ def _without_tensors(state: dict[str, Any]) -> dict[str, Any]:
     return {"param_groups": state["param_groups"], "state": plain}
 
 
-def _joined(rest: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    state = {parameter: {**values, **tensors.get(parameter, {})} for parameter, values in rest["state"].items()}
-    return {"state": state, "param_groups": rest["param_groups"]}
+def _joined(others: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    state = {parameter: {**values, **tensors.get(parameter, {})} for parameter, values in others["state"].items()}
+    return {"state": state, "param_groups": others["param_groups"]}

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from remax_lightning.functional.advantages import leave_one_out_baselines
+from remax_lightning.functional.advantages import leave_one_out_baselines, mean_of_others
 from remax_lightning.functional.gradient_variance import (
     BASELINES,
     VarianceSums,
@@ -19,7 +19,9 @@ from remax_lightning.functional.gradient_variance import (
 from remax_lightning.models.next_token import policy_gradient_of
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.modules.remax import ReMax
-from remax_lightning.rollout import Rollout
+from remax_lightning.rewards.scorer import score_responses
+from remax_lightning.rollout import Responses
+from remax_lightning.rollout.responder import raw_columns
 
 
 class GradientVariance(Callback):
@@ -107,15 +109,16 @@ class GradientVariance(Callback):
         _log(trainer, {**metrics, "time/gradient_variance": time.perf_counter() - start})
 
     def _sums(self, module: PolicyGradientModule, batch: dict[str, Any]) -> VarianceSums:
-        sampled, greedy = module.respond(
+        sampled, greedy = module.responder.sample_and_greedy(
             module.policy,
             batch,
             replace(module.sampling, num_samples=self.num_samples),
             step=-1 - module.global_step,  # a key that no step of training has
             greedy_max_new_tokens=module.greedy_max_new_tokens if isinstance(module, ReMax) else None,
         )
-        assert greedy is not None
-        scored = module.rewards_of(module.reward, batch, *map(module.texts, (sampled, greedy)))
+        scored = score_responses(
+            module.reward, raw_columns(batch), *map(module.responder.texts, (sampled, greedy)), device=module.device
+        )
         rewards, greedy_rewards = (
             (each - module.missing_stop_penalty * rollout.truncated).double()
             for each, rollout in zip(scored, (sampled, greedy), strict=True)
@@ -135,10 +138,10 @@ class GradientVariance(Callback):
             ]
         )
         counts = compared.isfinite().all(dim=0)
-        batch_mean = module.others_mean(rewards.masked_fill(~counts, torch.nan))
+        batch_mean = mean_of_others(rewards.masked_fill(~counts, torch.nan), module.sum_over_ranks)
         return rewards[:, None] - torch.stack([torch.zeros_like(rewards), *compared[1:], batch_mean], dim=1)
 
-    def _scores(self, module: PolicyGradientModule, rollout: Rollout, rows: Tensor) -> Tensor:
+    def _scores(self, module: PolicyGradientModule, rollout: Responses, rows: Tensor) -> Tensor:
         """Projected gradient of the log-prob of each of some responses, up to its sign, (rows, dimensions)."""
         parameters = [parameter for parameter in module.policy.parameters() if parameter.requires_grad]
         scores = torch.zeros(len(rows), self.dimensions, device=module.device)

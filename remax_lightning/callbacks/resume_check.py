@@ -1,4 +1,4 @@
-"""What may not differ between a checkpoint and the run that reads it, and what may but should be known."""
+"""Refuse a checkpoint of another model; warn of settings that have changed since it was saved."""
 
 import hashlib
 import json
@@ -6,14 +6,14 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from remax_lightning.callbacks.safe_checkpoint_io import UnusableCheckpoint
+from remax_lightning.callbacks.manifest import UnusableCheckpoint
 from remax_lightning.modules.base import TrainableModule
 
 OPTIMIZER = ".optimizer."
 
 
 def fingerprint(module: TrainableModule) -> dict[str, Any]:
-    """Plain values that tell whether a module can go on from another's state."""
+    """Plain values that tell whether a module can load the state of another one."""
     tokenizer = module.tokenizer
     known = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.special_tokens_map.items()))]
     config = module.trained_model.config
@@ -30,8 +30,8 @@ def check_model(checkpoint: dict[str, Any], module: TrainableModule, is_fit: boo
 
     Args:
         checkpoint: What was read.
-        module: What it is to be loaded into.
-        is_fit: Training goes on from it; otherwise another method's weights may be evaluated.
+        module: The module that will load it.
+        is_fit: Training resumes from it; otherwise the weights of another method may be evaluated.
 
     Raises:
         UnusableCheckpoint: If the method, architecture, vocabulary size, tokenizer or a parameter's shape differs.
@@ -48,10 +48,14 @@ def check_model(checkpoint: dict[str, Any], module: TrainableModule, is_fit: boo
 
 
 def check_configuration(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Warn of each value that was configured differently when the checkpoint was saved; both by their full names.
+    """Warn of each value that was different when the checkpoint was saved.
+
+    Args:
+        old: The configuration in the checkpoint, by full names.
+        new: That of this run, by full names.
 
     Raises:
-        UnusableCheckpoint: If the class of the optimizer differs, whose state would be meaningless.
+        UnusableCheckpoint: If the class of the optimizer differs, since its saved state would be meaningless.
     """
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     for name in changed:
@@ -59,13 +63,13 @@ def check_configuration(old: dict[str, Any], new: dict[str, Any]) -> None:
         if name.endswith(f"{OPTIMIZER}class_path"):
             raise _misfit(name, old.get(name), new.get(name))
         if OPTIMIZER in name:
-            rank_zero_warn(f"changed since the checkpoint, but the optimizer goes on with its saved values: {values}")
+            rank_zero_warn(f"changed since the checkpoint, but the optimizer keeps its saved values: {values}")
         else:
             rank_zero_warn(f"changed since the checkpoint: {values}")
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as full names with dots and plain values."""
+    """A nested configuration as a flat one: names with dots, plain values."""
     values: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):

@@ -1,67 +1,67 @@
-"""Checkpoint files that are whole or not there: written under another name, synced, described by a manifest."""
+"""Checkpoints that are complete or not there: written under another name, synced, described by a manifest."""
 
-import json
 import os
 import pickle
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
 
 from remax_lightning.callbacks.checkpoint_folder import (
     describe_folder,
-    folder_size_and_digest,
     read_folder,
-    together,
-    write_part,
+    sharded_tensors,
+    write_non_tensors,
+    written_files,
+)
+from remax_lightning.callbacks.find_checkpoint import verified_on_rank_0
+from remax_lightning.callbacks.manifest import (
+    PARTIAL_SUFFIX,
+    Files,
+    Manifest,
+    UnusableCheckpoint,
+    folder_digest,
+    manifest_path,
+    next_number,
+    partial_path,
+    write_manifest,
 )
 from remax_lightning.callbacks.synced_file import (
     raise_on_all_ranks,
     remove,
-    size_and_digest,
     sync_folder,
     write_error,
     write_synced,
 )
 
-SUFFIX, MANIFEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".json", ".partial"
-
-
-class UnusableCheckpoint(ValueError):
-    """A checkpoint that cannot be used: incomplete, corrupt, or of another model."""
-
 
 @dataclass(frozen=True)
-class Manifest:
-    """What is known of a checkpoint file, kept beside it as JSON; the file is complete only if it agrees.
+class SaveOptions:
+    """What accompanies a checkpoint on its way through Lightning, as its ``storage_options``.
 
     Args:
-        size: Length of the file, bytes.
-        sha256: Digest of the file, hexadecimal.
-        step: Optimizer steps taken.
-        saved_at: When it was written, nanoseconds since 1970; orders the files of a folder.
-        run: Which training it belongs to, through all its resumptions.
-        scores: Metrics that the callback monitors, by name.
+        run: Which training it belongs to.
+        scores: Metrics of the validation after its step.
+        in_background: Return when the tensors are copied; only for sharded folders.
     """
 
-    size: int
-    sha256: str
-    step: int
-    saved_at: int
     run: str = ""
     scores: dict[str, float] = field(default_factory=dict)
+    in_background: bool = False
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints so that an interruption at any time leaves complete files only; reads plain types only.
+    """Writes checkpoints so that an interruption at any time leaves complete ones only; reads plain types only.
 
     Args:
         check: Called with every checkpoint that is read, to refuse one that does not fit.
@@ -69,86 +69,109 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, check: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.check = check
-        self.run = ""
+        self._pending: Future[None] | None = None
+        self._background_group: dist.ProcessGroup | None = None
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint and its manifest, whole or not at all.
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: SaveOptions | None = None
+    ) -> None:
+        """Write a checkpoint file and its manifest, complete or not at all.
 
         Raises:
-            OSError: If the file could not be written, with what was there before intact.
+            OSError: If it could not be written; the earlier checkpoints are intact.
         """
-        path = Path(path)
-        partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        path, manifest = Path(path), _manifest(checkpoint, storage_options)
+        partial = partial_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             size, sha256 = write_synced(partial, lambda file: torch.save(checkpoint, cast(Any, file)))
-            self._put_in_place(checkpoint, size, sha256, partial, path)
+            _put_in_place(path, replace(manifest, size=size, sha256=sha256))
         except BaseException as error:
             remove(partial)
             if isinstance(error, OSError):
                 raise write_error(path, error) from error
             raise
 
-    def save_sharded(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Write a checkpoint of which each process has a part, as a folder, and its manifest; collective.
+    def save_sharded(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: SaveOptions | None = None
+    ) -> None:
+        """Write a checkpoint of which each rank has its shards, as a folder, and its manifest; collective.
+
+        In the background it is complete when :meth:`wait` returns. One save at a time: a second waits for the first.
 
         Raises:
-            OSError: In all processes, if one of them could not write its part.
+            OSError: On all ranks, if one of them could not write; the earlier checkpoints are intact.
         """
-        path = Path(path)
-        partial = path.with_name(path.name + PARTIAL_SUFFIX)
-        is_first = dist.get_rank() == 0
-        try:
-            with raise_on_all_ranks(path):
-                if is_first:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    remove(partial)
-            with raise_on_all_ranks(path):
-                files = write_part(checkpoint, partial)
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, files)
-            with raise_on_all_ranks(path):
-                if is_first:
-                    size, sha256 = together({name: value for part in parts for name, value in part.items()})
-                    self._put_in_place(checkpoint, size, sha256, partial, path)
-        except OSError:
-            if is_first:
-                with suppress(OSError):
-                    remove(partial)
-            raise
+        self.wait()
+        path, manifest, files = Path(path), _manifest(checkpoint, storage_options), {}
+        folder = partial_path(path)
+        with raise_on_all_ranks(path, folder):
+            if dist.get_rank() == 0:
+                remove(folder)
+                folder.mkdir(parents=True)
+                files = write_non_tensors(checkpoint, folder)
+        tensors = sharded_tensors(checkpoint)
+        if storage_options is None or not storage_options.in_background:
+            _finish_folder(partial(dcp.save, tensors, checkpoint_id=str(folder)), path, manifest, files)
+            return
+        if self._background_group is None:
+            # of its own, since its messages cross those of the training; on a CPU, where the copies are
+            self._background_group = dist.new_group(backend="gloo")
+        written = dcp.async_save(tensors, checkpoint_id=str(folder), process_group=self._background_group)
+        finish = partial(_finish_folder, cast(Any, written).result, path, manifest, files, self._background_group)
+        executor = ThreadPoolExecutor(1)
+        self._pending = executor.submit(finish)
+        executor.shutdown(wait=False)
 
-    def _put_in_place(self, checkpoint: dict[str, Any], size: int, sha256: str, partial: Path, path: Path) -> None:
-        """Write the manifest and give what was written its name."""
-        step = int(checkpoint.get("global_step", 0))
-        write_manifest(path, Manifest(size, sha256, step, saved_at=time.time_ns(), run=self.run))
-        if path.is_dir():
-            remove(path)  # it is of no use, see unused_path
-        os.replace(partial, path)
-        sync_folder(path.parent)
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save in the background has to be waited for."""
+        return self._pending is not None
+
+    def wait(self) -> bool:
+        """Wait for the save in the background.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            OSError: On all ranks, if one of them could not write; the earlier checkpoints are intact.
+        """
+        if self._pending is None:
+            return False
+        pending, self._pending = self._pending, None
+        pending.result()
+        return True
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read a checkpoint of plain types, whatever the caller asks for.
+        """Read a checkpoint of plain types, whatever the caller asks for; rank 0 verifies it for all ranks.
+
+        Args:
+            path: A checkpoint, or a folder of checkpoints for the newest complete one.
+            map_location: Not used.
+            weights_only: Not used.
+
+        Raises:
+            UnusableCheckpoint: If it is corrupt, cannot be read, or does not fit.
+        """
+        return self.read(verified_on_rank_0(path))
+
+    def read(self, path: Path, *, shards: bool = True) -> dict[str, Any]:
+        """Read a verified checkpoint; ``read_from`` in it is its path.
+
+        Args:
+            path: The checkpoint.
+            shards: False leaves the tensors of a folder to the caller.
 
         Raises:
             UnusableCheckpoint: If it cannot be read, or does not fit.
         """
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path) if shards else _read(path, describe_folder)
         if self.check is not None:
             self.check(checkpoint)
-        return checkpoint
-
-    def describe(self, path: str | Path) -> dict[str, Any]:
-        """What a folder holds beside the values of its tensors.
-
-        Raises:
-            UnusableCheckpoint: If it cannot be read, or does not fit.
-        """
-        checkpoint = _read(path, describe_folder)
-        if self.check is not None:
-            self.check(checkpoint)
-        return checkpoint
+        return {**checkpoint, "read_from": str(path)}
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint and then its manifest."""
@@ -156,99 +179,64 @@ class SafeCheckpointIO(TorchCheckpointIO):
         manifest_path(path).unlink(missing_ok=True)
 
 
-def manifest_path(path: str | Path) -> Path:
-    """Where the manifest of a checkpoint file is."""
-    return Path(f"{path}{MANIFEST_SUFFIX}")
-
-
-def write_manifest(path: str | Path, manifest: Manifest) -> None:
-    """Write or replace the manifest of a checkpoint file."""
-    target = manifest_path(path)
-    partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    write_synced(partial, lambda file: file.write(json.dumps(asdict(manifest)).encode()))
-    os.replace(partial, target)
-    sync_folder(target.parent)
-
-
-def read_manifest(path: str | Path) -> Manifest | None:
-    """The manifest of a checkpoint file; None if there is none that can be read."""
-    try:
-        return Manifest(**json.loads(manifest_path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def unused_path(folder: Path, step: int) -> Path:
-    """A name for a checkpoint that no complete one has: nothing that could be needed is ever replaced."""
-    number, path = 1, folder / f"step={step}{SUFFIX}"
-    while (manifest := read_manifest(path)) is not None and path.exists() and fault(path, manifest) is None:
-        number += 1
-        path = folder / f"step={step}-{number}{SUFFIX}"
-    return path
-
-
-def add_score(path: str | Path, name: str, value: float) -> None:
-    """Note a metric of a checkpoint in its manifest."""
-    manifest = read_manifest(path)
-    if manifest is not None:
-        write_manifest(path, replace(manifest, scores={**manifest.scores, name: value}))
-
-
-def manifests(folder: str | Path) -> list[tuple[Path, Manifest]]:
-    """Checkpoint files of a folder that have a manifest, the newest first; their content is not looked at."""
-    found = [(path, read_manifest(path)) for path in Path(folder).glob(f"*{SUFFIX}")]
-    known = [(path, manifest) for path, manifest in found if manifest is not None]
-    return sorted(known, key=lambda each: (each[1].saved_at, each[1].step), reverse=True)
-
-
-def fault(path: Path, manifest: Manifest) -> str | None:
-    """What is wrong with a checkpoint file according to its manifest; None if it is complete."""
-    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
-    if size != manifest.size:
-        return f"it has {size} bytes, not the {manifest.size} that were written"
-    _, digest = (folder_size_and_digest if path.is_dir() else size_and_digest)(path)
-    return None if digest == manifest.sha256 else "its content is not what was written"
-
-
-def newest_complete(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a folder, after a warning for each newer one that is not.
-
-    Returns:
-        Its path; None if the folder has no checkpoints at all.
+def safe_checkpoint_io(plugin: CheckpointIO) -> SafeCheckpointIO:
+    """The strategy's plugin, or one in place of Lightning's default.
 
     Raises:
-        UnusableCheckpoint: If there are checkpoints, but no complete one.
+        ValueError: If it is a plugin of the user's, which would write checkpoints without these guarantees.
     """
-    faults = []
-    for path, manifest in manifests(folder):
-        if (reason := fault(path, manifest)) is None:
-            return path
-        faults.append(f"{path.name}: {reason}")
-        rank_zero_warn(f"the checkpoint {path} is skipped: {reason}")
-    faults += [f"{path.name}: no manifest" for path in Path(folder).glob(f"*{SUFFIX}") if read_manifest(path) is None]
-    if faults:
-        raise UnusableCheckpoint(
-            f"{folder} has no complete checkpoint ({'; '.join(sorted(faults))}); name a file to use it as it is, or "
-            "empty the folder to start anew"
+    if isinstance(plugin, SafeCheckpointIO):
+        return plugin
+    if type(plugin) is not TorchCheckpointIO:
+        raise ValueError(
+            f"the checkpoint plugin {type(plugin).__name__} cannot be used: checkpoints are written by "
+            "SafeCheckpointIO, so that an interrupted save leaves the earlier ones intact; remove it from "
+            "trainer.plugins (to train on while fsdp2 saves, set checkpoint.async_save)"
         )
-    return None
+    return SafeCheckpointIO()
 
 
-def check_complete(path: str | Path) -> None:
-    """Refuse a checkpoint file that is not what its manifest says; one without a manifest is left to the reader.
+def _manifest(checkpoint: dict[str, Any], options: SaveOptions | None) -> Manifest:
+    """The manifest of a checkpoint that is not written yet."""
+    options = options or SaveOptions()
+    step = int(checkpoint.get("global_step", 0))
+    return Manifest(size=0, sha256="", step=step, run=options.run, scores=options.scores)
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        UnusableCheckpoint: If it is corrupt.
+
+def _finish_folder(
+    write: Callable[[], dcp.Metadata],
+    path: Path,
+    manifest: Manifest,
+    files: Files,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Complete a sharded checkpoint; collective, for the background in a thread of each rank.
+
+    Args:
+        write: Writes the shards of this rank, or waits until they are written.
+        path: The checkpoint.
+        manifest: Its manifest, without size and digest.
+        files: The files that rank 0 has written already.
+        group: The group of the background.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}; give an existing one, or last for the newest")
-    manifest = read_manifest(path)
-    reason = None if manifest is None else fault(Path(path), manifest)
-    if reason is not None:
-        raise UnusableCheckpoint(
-            f"the checkpoint {path} is corrupt: {reason}; give another one, or last for the newest"
-        )
+    folder = partial_path(path)
+    with raise_on_all_ranks(path, folder, group):
+        metadata = write()
+        sync_folder(folder)
+    with raise_on_all_ranks(path, folder, group):
+        if dist.get_rank() == 0:
+            size, sha256 = folder_digest({**files, **written_files(metadata, folder)})
+            _put_in_place(path, replace(manifest, size=size, sha256=sha256))
+
+
+def _put_in_place(path: Path, manifest: Manifest) -> None:
+    """Write the manifest and give what was written its name."""
+    write_manifest(path, replace(manifest, number=next_number(path.parent), saved_at=time.time_ns()))
+    partial = partial_path(path)
+    if path.is_dir() or partial.is_dir():  # os.replace is for two files
+        remove(path)  # it is incomplete, see unused_path
+    os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -268,14 +256,14 @@ def _load_file(path: str | Path) -> dict[str, Any]:
 def _read(path: str | Path, read: Callable[[str | Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         return read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, UnusableCheckpoint):
         raise
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         if (unknown := re.search(r"Unsupported global: GLOBAL (\S+)", str(error))) is not None:
             raise UnusableCheckpoint(
-                f"the checkpoint {path} holds a {unknown[1]}, whose package this run does not import; if it is of an "
-                "optimizer, configure that optimizer as the run did that wrote it"
+                f"the checkpoint {path} contains a {unknown[1]}, whose package this run does not import; if it belongs "
+                "to an optimizer, configure that optimizer as in the run that wrote it"
             ) from error
         raise UnusableCheckpoint(
             f"the checkpoint {path} cannot be read as tensors and plain types ({reason}); it is corrupt or not a "

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from remax_lightning.functional.log_probs import token_log_probs
 from remax_lightning.models.language_model import context_length, evaluating, response_logits, vocabulary_size
 from remax_lightning.models.next_token import log_probs_of
-from remax_lightning.modules.policy import raw_columns
-from remax_lightning.modules.scored_policy import ScoredPolicyModule
+from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.rewards import ModelReward
-from remax_lightning.rollout import Rollout
+from remax_lightning.rollout import Responses, Samples
+from remax_lightning.rollout.responder import raw_columns
 
-NEVER = -20.0
-"""A log-prob, in nats, that no run is long enough to draw."""
+UNREACHABLE_LOG_PROB = -20.0
+"""A log-prob, in nats, that no run is long enough to batch."""
 
 
 class SelfCheck(Callback):
@@ -49,40 +49,39 @@ class SelfCheck(Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check a policy that learns from rewards; the first sentence of what is wrong is raised by all processes.
+        """Check a policy that learns from rewards; the first sentence of what is wrong is raised on all ranks.
 
         Raises:
             ValueError: If a check fails.
         """
-        if not self.enabled or not isinstance(pl_module, ScoredPolicyModule):
+        if not self.enabled or not isinstance(pl_module, PolicyGradientModule):
             return
         with trainer.precision_plugin.forward_context(), evaluating(pl_module.policy):
             for problem in self._problems(trainer, pl_module):
-                # after each check, since a check may need all processes
+                # after each check, since a check may need all ranks
                 if not trainer.strategy.reduce_boolean_decision(problem is None, all=True):
-                    raise ValueError(f"self-check: {problem or 'a check failed in another process'}")
+                    raise ValueError(f"self-check: {problem or 'a check failed on another rank'}")
 
-    def _problems(self, trainer: Trainer, module: ScoredPolicyModule) -> Iterator[str | None]:
+    def _problems(self, trainer: Trainer, module: PolicyGradientModule) -> Iterator[str | None]:
         if "context" not in self.skip:
             yield context_problem(trainer, module)
-        draw = self._draw(trainer, module)
+        batch = self._sampled_batch(trainer, module)
         for name, check in CHECKS.items():
             if name not in self.skip and check is not None:
-                yield check(draw)
+                yield check(batch)
 
-    def _draw(self, trainer: Trainer, module: ScoredPolicyModule) -> "Draw":
+    def _sampled_batch(self, trainer: Trainer, module: PolicyGradientModule) -> "SampledBatch":
         assert trainer.train_dataloader is not None
         batch = next(iter(trainer.train_dataloader))
         batch = {name: column[: self.num_prompts] for name, column in batch.items()}
         batch = {name: c.to(module.device) if isinstance(c, Tensor) else c for name, c in batch.items()}
         length = min(self.max_new_tokens, module.sampling.max_new_tokens)
         sampling = replace(module.sampling, max_new_tokens=length, num_samples=1)
-        sampled, greedy = module.respond(module.policy, batch, sampling)
-        assert greedy is not None
-        return Draw(trainer, module, batch, sampled, greedy)
+        sampled, greedy = module.responder.sample_and_greedy(module.policy, batch, sampling)
+        return SampledBatch(trainer, module, batch, sampled, greedy)
 
 
-class Draw:
+class SampledBatch:
     """A few responses, and what the checks ask of them.
 
     Args:
@@ -96,10 +95,10 @@ class Draw:
     def __init__(
         self,
         trainer: Trainer,
-        module: ScoredPolicyModule,
+        module: PolicyGradientModule,
         batch: dict[str, Any],
-        sampled: Rollout,
-        greedy: Rollout,
+        sampled: Samples,
+        greedy: Responses,
     ) -> None:
         self.trainer, self.module, self.batch, self.sampled, self.greedy = trainer, module, batch, sampled, greedy
         temperature = module.sampling.temperature
@@ -121,12 +120,12 @@ class Draw:
         """Rewards of the sampled and greedy responses; what the reward raises, it raises here."""
         module, columns = self.module, raw_columns(self.batch)
         prompts = columns.pop("prompt")
-        both = [module.reward(prompts, module.texts(each), **columns) for each in (self.sampled, self.greedy)]
+        both = [module.reward(prompts, module.responder.texts(each), **columns) for each in (self.sampled, self.greedy)]
         return torch.cat(both)
 
     @cached_property
     def finite_rewards(self) -> tuple[int, int, float, float]:
-        """Over all processes: how many rewards there are, how many of them are finite, the lowest and the highest."""
+        """Over all ranks: how many rewards there are, how many of them are finite, the lowest and the highest."""
         values = self.rewards.double()
         finite = values.isfinite()
         found = [
@@ -146,7 +145,7 @@ class Draw:
         return float((log_probs - self.log_probs).abs()[self.sampled.response_mask].mean())
 
 
-def context_problem(trainer: Trainer, module: ScoredPolicyModule) -> str | None:
+def context_problem(trainer: Trainer, module: PolicyGradientModule) -> str | None:
     """The longest prompt and response against the model's positions."""
     limit = context_length(module.policy)
     longest = trainer.datamodule.max_prompt_length  # type: ignore[attr-defined]
@@ -159,12 +158,12 @@ def context_problem(trainer: Trainer, module: ScoredPolicyModule) -> str | None:
     )
 
 
-def padding_problem(draw: Draw) -> str | None:
+def padding_problem(batch: SampledBatch) -> str | None:
     """Prompts padded on the left, as in a rollout, against none, as in training."""
-    temperature = draw.module.sampling.temperature
-    log_probs = token_log_probs(draw.logits(padding=3), draw.sampled.response_ids, temperature=temperature)
-    difference = draw.difference(log_probs)
-    if difference <= draw.tolerance:
+    temperature = batch.module.sampling.temperature
+    log_probs = token_log_probs(batch.logits(padding=3), batch.sampled.response_ids, temperature=temperature)
+    difference = batch.difference(log_probs)
+    if difference <= batch.tolerance:
         return None
     return (
         f"padding changes the log-probs by {difference:.3g} nats a token; the architecture ignores the attention "
@@ -172,10 +171,10 @@ def padding_problem(draw: Draw) -> str | None:
     )
 
 
-def sampler_problem(draw: Draw) -> str | None:
+def sampler_problem(batch: SampledBatch) -> str | None:
     """The sampler's log-probs against those of training."""
-    difference = draw.difference(draw.sampled.log_probs)
-    if difference <= draw.tolerance:
+    difference = batch.difference(batch.sampled.log_probs)
+    if difference <= batch.tolerance:
         return None
     return (
         f"the sampler's log-probs differ from those of training by {difference:.3g} nats a token; the rollout engine "
@@ -183,15 +182,15 @@ def sampler_problem(draw: Draw) -> str | None:
     )
 
 
-def reference_problem(draw: Draw) -> str | None:
+def reference_problem(batch: SampledBatch) -> str | None:
     """KL to a reference that is the policy as it starts."""
-    module = draw.module
-    if module.reference is None or module.reference_source is not None or draw.trainer.global_step > 0:
+    module = batch.module
+    if module.reference is None or module.reference_source is not None or batch.trainer.global_step > 0:
         return None
-    ref_log_probs = module.reference_log_probs(draw.sampled)
+    ref_log_probs = module.collector.ref_log_probs(batch.sampled)
     assert ref_log_probs is not None
-    difference = draw.difference(ref_log_probs)
-    if difference <= draw.tolerance:
+    difference = batch.difference(ref_log_probs)
+    if difference <= batch.tolerance:
         return None
     return (
         f"the reference differs from the policy by {difference:.3g} nats a token before the first step; the policy was "
@@ -199,16 +198,16 @@ def reference_problem(draw: Draw) -> str | None:
     )
 
 
-def stop_token_problem(draw: Draw) -> str | None:
+def stop_token_problem(batch: SampledBatch) -> str | None:
     """Whether the policy could ever draw one of its stop tokens."""
-    module, stops = draw.module, draw.module.stop_token_ids
+    module, stops = batch.module, batch.module.responder.stop_token_ids
     size = vocabulary_size(module.policy)
     if all(stop >= size for stop in stops):
         return f"the stop tokens {stops} are beyond the model's vocabulary of {size}; set the tokenizer's eos_token"
-    log_probs = draw.logits(padding=0).float().log_softmax(-1)
+    log_probs = batch.logits(padding=0).float().log_softmax(-1)
     known = [stop for stop in stops if stop < size]
-    best = float(log_probs[..., known].max(-1).values[draw.sampled.response_mask].max())
-    if best > NEVER:
+    best = float(log_probs[..., known].max(-1).values[batch.sampled.response_mask].max())
+    if best > UNREACHABLE_LOG_PROB:
         return None
     return (
         f"no stop token of {stops} has a log-prob above {best:.3g} nats, so no response would end; fine-tune the "
@@ -216,12 +215,12 @@ def stop_token_problem(draw: Draw) -> str | None:
     )
 
 
-def double_bos_problem(draw: Draw) -> str | None:
+def double_bos_problem(batch: SampledBatch) -> str | None:
     """Whether a reward model's conversations begin with two BOS tokens."""
-    for reward in (draw.module.reward, draw.module.judge):
+    for reward in (batch.module.reward, batch.module.judge):
         if isinstance(reward, ModelReward):
-            ids = reward.encode(draw.batch["prompt"][0], "")
-            bos = reward.tokenizer.bos_token_id
+            ids = reward.encode(batch.batch["prompt"][0], "")
+            bos = reward.loaded_tokenizer.bos_token_id
             if bos is not None and ids[:2] == [bos, bos]:
                 return (
                     f"the conversations that {reward.source.path} scores begin with two BOS tokens; take the BOS out "
@@ -230,20 +229,21 @@ def double_bos_problem(draw: Draw) -> str | None:
     return None
 
 
-def rewards_problem(draw: Draw) -> str | None:
+def rewards_problem(batch: SampledBatch) -> str | None:
     """Whether there is a reward to learn from; a few rows without one are dropped in training, too."""
-    count, num_finite, *_ = draw.finite_rewards
+    count, num_finite, *_ = batch.finite_rewards
     if num_finite == 0:
-        return f"none of {count} rewards is finite; mend the reward"
+        return f"none of {count} rewards is finite; fix the reward"
     if num_finite < count:
         rank_zero_warn(f"self-check: {count - num_finite} of {count} rewards are not finite; such rows are dropped")
     return None
 
 
-def equal_rewards_problem(draw: Draw) -> str | None:
+def equal_rewards_problem(batch: SampledBatch) -> str | None:
     """Whether rewards tell responses apart."""
-    _, num_finite, lowest, highest = draw.finite_rewards
-    if num_finite == 0 or lowest < highest:
+    _, num_finite, lowest, highest = batch.finite_rewards
+    # the last bits of equal scores differ by the row in the batch
+    if num_finite == 0 or highest - lowest > 1e-6 * max(abs(highest), 1.0):
         return None
     return (
         f"all {num_finite} rewards are {lowest:.4g}, from which nothing is learned; look at the reward, or leave this "
@@ -251,7 +251,7 @@ def equal_rewards_problem(draw: Draw) -> str | None:
     )
 
 
-CHECKS: dict[str, Callable[[Draw], str | None] | None] = {
+CHECKS: dict[str, Callable[[SampledBatch], str | None] | None] = {
     "context": None,
     "padding": padding_problem,
     "sampler": sampler_problem,

@@ -1,10 +1,10 @@
-"""Files that are on the disk when they are said to be written."""
+"""Files that are on the disk once the call returns, and what identifies their content."""
 
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,14 +13,14 @@ from torch.distributed.checkpoint import CheckpointException
 
 
 class HashedFile:
-    """What torch.save needs of a file, noting length, digest and the first error, which torch would replace."""
+    """The methods of a file that torch.save needs; records length, digest and the first error, which torch replaces."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        """Write, and count."""
+        """Write and update the digest."""
         try:
             self.file.write(data)
         except OSError as error:
@@ -31,12 +31,16 @@ class HashedFile:
         return len(data)
 
     def flush(self) -> None:
-        """Hand what is buffered to the system."""
+        """Flush the buffer to the operating system."""
         self.file.flush()
 
 
 def write_synced(path: Path, write: Callable[[HashedFile], Any]) -> tuple[int, str]:
-    """Write a file and wait until the disk has it; its size and digest."""
+    """Write a file and wait until it is on the disk.
+
+    Returns:
+        Its size in bytes and its SHA-256 digest.
+    """
     with open(path, "wb") as raw:
         file = HashedFile(raw)
         try:
@@ -51,7 +55,7 @@ def write_synced(path: Path, write: Callable[[HashedFile], Any]) -> tuple[int, s
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names of a folder's files."""
+    """Wait until the names of a folder's files are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,7 +64,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def size_and_digest(path: Path) -> tuple[int, str]:
-    """Size in bytes and digest of a file."""
+    """Size in bytes and SHA-256 digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -69,7 +73,7 @@ def size_and_digest(path: Path) -> tuple[int, str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -77,25 +81,38 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def raise_on_all_ranks(path: Path) -> Iterator[None]:
-    """Raise in all processes what is raised in one of them; collective."""
+def raise_on_all_ranks(path: Path, partial: Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raise on all ranks what is raised on one of them; collective.
+
+    Args:
+        path: The checkpoint that is being written, for the message.
+        partial: What has been written of it; rank 0 removes it after a failure.
+        group: Ranks that take part; the default is all of them, by the default backend.
+
+    Raises:
+        OSError: If a rank could not write.
+    """
     failure: OSError | None = None
     try:
         yield
     except (OSError, CheckpointException) as error:
         failure = write_error(path, error)
     failures: list[OSError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    dist.all_gather_object(failures, failure, group=group)
     for each in failures:
         if each is not None:
+            if dist.get_rank() == 0:
+                with suppress(OSError):
+                    remove(partial)
             raise each
 
 
 def write_error(path: Path, error: BaseException) -> OSError:
-    """What to say of a checkpoint that could not be written."""
+    """The error for a checkpoint that could not be written."""
     reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
-    return OSError(
-        error.errno if isinstance(error, OSError) else None,
-        f"the checkpoint {path} could not be written ({reason}); those written before it are intact: make room or give "
-        "another checkpoint.dirpath, and resume with --ckpt_path last",
+    failure = OSError(
+        f"the checkpoint {path} could not be written ({reason}); earlier checkpoints are intact: free some space or "
+        "set another trainer.default_root_dir, and resume with --ckpt_path last"
     )
+    failure.errno = error.errno if isinstance(error, OSError) else None
+    return failure

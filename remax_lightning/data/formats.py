@@ -30,9 +30,9 @@ class Format:
 
     Args:
         columns: Columns that a data set of this format has.
-        read_prompt: Finds the prompt in a row.
-        read_response: Finds a prompt and its response; None if the format has no responses.
-        read_pair: Finds the prompt and the chosen response, and the prompt and the rejected one; None without pairs.
+        read_prompt: Reads the prompt of a row.
+        read_response: Reads a prompt and its response; None if the format has no responses.
+        read_pair: Reads the prompt and the chosen response, and the prompt and the rejected one; None without pairs.
     """
 
     columns: tuple[str, ...]
@@ -93,7 +93,7 @@ def read_messages(value: object) -> list[dict[str, str]]:
     """Messages of role and content, from those or from ShareGPT's `from` and `value`.
 
     Raises:
-        UnusableRow: If something else is found.
+        UnusableRow: If it is something else.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UnusableRow("malformed messages")
@@ -110,8 +110,8 @@ def read_messages(value: object) -> list[dict[str, str]]:
 def split_dialogue(dialogue: object) -> tuple[Prompt, str]:
     """Split a dialogue, text or messages, into what precedes the assistant's last turn and that turn.
 
-    Text is a transcript of `Human:` and `Assistant:` turns: the prompt ends with `Assistant:` and the response keeps
-    the blank in front of it.
+    Text is a transcript of `Human:` and `Assistant:` turns: the prompt ends with `Assistant:` and the response begins
+    with the blank behind it.
 
     Raises:
         UnusableRow: If there is no dialogue, or the assistant has no turn in it.
@@ -159,11 +159,11 @@ def column_format(prompt: str, response: str | None = None, pair: tuple[str, str
 
 
 def find_format(columns: Iterable[str], content: Literal["prompts", "responses", "pairs"]) -> Format | None:
-    """The first known format with these columns (and maybe fewer) that holds such content, or None."""
-    found = set(columns)
+    """The first known format with such content whose columns are all among these, or None."""
+    names = set(columns)
     for known in FORMATS:
-        holds = {"prompts": True, "responses": known.read_response is not None, "pairs": known.read_pair is not None}
-        if holds[content] and found.issuperset(known.columns):
+        has = {"prompts": True, "responses": known.read_response is not None, "pairs": known.read_pair is not None}
+        if has[content] and names.issuperset(known.columns):
             return known
     return None
 

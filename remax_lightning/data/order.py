@@ -1,35 +1,25 @@
-"""Which rows a process reads, in which order, and from where a resumed run goes on."""
+"""Which rows a rank reads, in which order, and where a resumed run goes on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
 
 @dataclass
 class Position:
-    """How far the training has come, the same on all processes.
+    """How far the training has come, the same on all ranks.
 
     Args:
         epoch: Passes over the rows that are complete.
-        rows: Rows handed out in this epoch, over all processes; of a stream, rows read for them, dropped ones too.
+        rows: Rows of this epoch in the batches so far, over all ranks; of a stream, rows read for them, dropped ones
+            included.
     """
 
     epoch: int = 0
     rows: int = 0
-
-    def advance(self, count: int, num_rows: int) -> None:
-        """Count a global batch of `count` of the `num_rows` rows as handed out."""
-        self.leave_finished_epoch(count, num_rows)
-        self.rows += count
-        self.leave_finished_epoch(count, num_rows)
-
-    def leave_finished_epoch(self, count: int, num_rows: int) -> None:
-        """Go to the start of the next epoch if fewer than `count` of the `num_rows` rows are left in this one."""
-        if num_rows - self.rows < count:
-            self.epoch, self.rows = self.epoch + 1, 0
 
 
 def shuffled_rows(epoch: int, num_rows: int, seed: int) -> np.ndarray:
@@ -40,7 +30,7 @@ def shuffled_rows(epoch: int, num_rows: int, seed: int) -> np.ndarray:
 def mixed_rows(epoch: int, sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
     """An epoch that has as many rows as all sources together, of each source in proportion to its weight.
 
-    A source goes through its own rows in passes, each a new permutation, and goes on with a pass in the next epoch: no
+    A source goes through its rows in passes, each a new permutation, and goes on with a pass in the next epoch: no
     row comes a second time before all others of its source have come.
 
     Args:
@@ -75,19 +65,22 @@ def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 class TrainingOrder(Sampler[int]):
-    """This process's rows from a position on, as many as an epoch has, in an order that the epoch decides.
+    """This rank's rows from a position on, as many as an epoch has, in an order that the epoch decides.
 
-    Of each global batch of `batch_size * world_size` rows, process `rank` takes every `world_size`-th row. An
-    incomplete last batch is left out. From the end of one epoch the order goes on into the next: the trainer ends its
-    epochs by its own count, which a limit on the batches or another number of processes sets off from the position.
+    Of each global batch of `batch_size * world_size` rows, rank `rank` takes every `world_size`-th row. An incomplete
+    last batch is left out. From the end of one epoch the order goes on into the next: the trainer counts its epochs
+    itself, and with a limit on the batches or another world size its count differs from the position.
 
     Args:
         num_rows: Rows of the training set.
-        batch_size: Rows per process and step.
-        rank: This process.
-        world_size: Number of processes.
-        position: Read whenever an iteration begins; advanced by whoever hands out the batches.
+        batch_size: Rows per rank and step.
+        rank: This rank.
+        world_size: Number of ranks.
+        position: Read whenever an iteration begins; advanced by the data module, once for each batch that is used.
         rows_of_epoch: The rows of an epoch with this number, (num_rows,): all of them, or some of them several times.
+
+    Raises:
+        ValueError: If there is no complete global batch.
     """
 
     def __init__(
@@ -99,6 +92,11 @@ class TrainingOrder(Sampler[int]):
         position: Position,
         rows_of_epoch: Callable[[int], np.ndarray],
     ) -> None:
+        if num_rows < batch_size * world_size:
+            raise ValueError(
+                f"train has {num_rows} usable rows, fewer than one batch of batch_size={batch_size} on each of "
+                f"{world_size} rank(s); lower batch_size or give more rows"
+            )
         self.num_rows = num_rows
         self.global_batch_size = batch_size * world_size
         self.rank = rank
@@ -106,24 +104,41 @@ class TrainingOrder(Sampler[int]):
         self.position = position
         self.rows_of_epoch = rows_of_epoch
 
+    def take_batch(self, position: Position) -> tuple[int, int]:
+        """Advance a position by one global batch.
+
+        A position with too few rows left for a batch belongs to the next epoch: before, since a resumed run may have
+        larger batches, and after, so that a saved position is where the next batch begins.
+
+        Returns:
+            Epoch and first row of the batch.
+        """
+        self._leave_finished_epoch(position)
+        start = position.epoch, position.rows
+        position.rows += self.global_batch_size
+        self._leave_finished_epoch(position)
+        return start
+
+    def _leave_finished_epoch(self, position: Position) -> None:
+        if self.num_rows - position.rows < self.global_batch_size:
+            position.epoch, position.rows = position.epoch + 1, 0
+
     def __iter__(self) -> Iterator[int]:
-        position = replace(self.position)
-        epoch, rows = -1, np.empty(0, dtype=np.int64)
+        position = replace(self.position)  # runs ahead of the batches that are used
+        current_epoch, rows = -1, np.empty(0, dtype=np.int64)
         for _ in range(self.num_rows // self.global_batch_size):
-            position.leave_finished_epoch(self.global_batch_size, self.num_rows)
-            if position.epoch != epoch:
-                epoch = position.epoch
-                rows = self.rows_of_epoch(epoch)
-            global_batch = rows[position.rows : position.rows + self.global_batch_size]
+            epoch, first = self.take_batch(position)
+            if epoch != current_epoch:
+                current_epoch, rows = epoch, self.rows_of_epoch(epoch)
+            global_batch = rows[first : first + self.global_batch_size]
             yield from global_batch[self.rank :: self.world_size].tolist()
-            position.advance(self.global_batch_size, self.num_rows)
 
     def __len__(self) -> int:
         return self.num_rows // self.global_batch_size * (self.global_batch_size // self.world_size)
 
 
 def split_rows(num_rows: int, held_out_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the rows to train on and of those held out, at least one if any are, each in ascending order."""
+    """Indices of the training rows and of the held-out rows (at least one unless the fraction is 0), both ascending."""
     if held_out_fraction == 0:
         return list(range(num_rows)), []
     shuffled = np.random.default_rng(seed).permutation(num_rows).tolist()
@@ -132,13 +147,13 @@ def split_rows(num_rows: int, held_out_fraction: float, seed: int) -> tuple[list
 
 
 class EvenBatches(BatchSampler):
-    """A process's rows, in order, in a given number of batches whose sizes differ by at most one.
+    """A rank's rows, in order, in a given number of batches whose sizes differ by at most one.
 
     Args:
         sampler: The rows.
-        batch_size: Rows per batch that were asked for.
+        batch_size: Largest number of rows per batch, as it was asked for.
         drop_last: For the signature of a batch sampler, which Lightning relies on; nothing is dropped.
-        num_batches: Number of batches; from `count_batches`, so that it is the same on all processes.
+        num_batches: Number of batches; from `even_batches`, so that it is the same on all ranks.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, num_batches: int) -> None:
@@ -146,25 +161,33 @@ class EvenBatches(BatchSampler):
         self.num_batches = num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter([part.tolist() for part in np.array_split(list(self.sampler), self.num_batches)])
+        return iter([rows.tolist() for rows in np.array_split(list(self.sampler), self.num_batches)])
 
     def __len__(self) -> int:
         return self.num_batches
 
 
-def count_batches(num_rows: int, batch_size: int, world_size: int) -> int:
-    """Evaluation batches of each process: as many on all, since one that has fewer would leave the others waiting.
+def even_batches(name: str, num_rows: int, batch_size: int, rank: int, world_size: int) -> EvenBatches:
+    """A rank's evaluation batches of its every `world_size`-th row.
 
-    With several processes and a `batch_size` of 1, some processes may have one batch of two rows.
+    All ranks have the same number of batches, since a rank with fewer would leave the others waiting. With several
+    ranks and a `batch_size` of 1, some ranks may have one batch of two rows.
+
+    Raises:
+        ValueError: If there are fewer rows than ranks; the message has `name`.
     """
-    most_rows = -(-num_rows // world_size)
-    return min(-(-most_rows // batch_size), num_rows // world_size)
+    if num_rows < world_size:
+        raise ValueError(f"{name} has {num_rows} usable rows for {world_size} ranks; give at least one for each")
+    most_rows = -(-num_rows // world_size)  # of a rank
+    num_batches = min(-(-most_rows // batch_size), num_rows // world_size)
+    rows = SequentialSampler(range(len(range(rank, num_rows, world_size))))  # indices into this rank's rows
+    return EvenBatches(rows, batch_size, drop_last=False, num_batches=num_batches)
 
 
-class ResumableLoader(DataLoader[dict[str, Any]]):
+class Resumable:
     """Tells Lightning that a resumed loader goes on where it stopped.
 
-    Its own state is empty: the position belongs to the data module, whose state is loaded before the loader is made.
+    Its state is empty: the position belongs to the data module, whose state is loaded before the loader is made.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,3 +196,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load nothing."""
+
+
+class ResumableLoader(Resumable, DataLoader[dict[str, Any]]):
+    """A `DataLoader` of rows in an order that begins at the data module's position."""

@@ -1,8 +1,8 @@
 """Training on rows that are read as they are needed, in an order that survives a resume exactly.
 
 The rows are read in the order of their sources and shuffled in windows: the permutation of a window depends on the
-seed, the epoch and the window's number, so a resumed run needs to know nothing but how many rows were read. Windows
-before that are passed over without a look at their rows.
+seed, the epoch and the window's number, so a resumed run needs to know only how many rows were read. Windows before
+that are skipped without parsing their rows.
 """
 
 from collections import Counter, deque
@@ -10,34 +10,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from remax_lightning.data.formats import UnusableRow
-from remax_lightning.data.lines import BadLine, refuse_bad_lines
-from remax_lightning.data.order import Position
-from remax_lightning.data.reading import Encode, Example, all_columns, complete, reasons
-from remax_lightning.data.sources import Part
-from remax_lightning.data.streams import ReadRow, Stream
+from remax_lightning.data.encoding import Columns, Example, all_columns, fill_missing_columns, format_reasons
+from remax_lightning.data.formats import Row, UnusableRow
+from remax_lightning.data.order import Position, Resumable
+from remax_lightning.data.readers import BadLine, ReadRow, Stream, refuse_bad_lines
+from remax_lightning.data.sources import SourceTable
 
 T = TypeVar("T")
+Encode: TypeAlias = Callable[[Sequence[Row | UnusableRow], Sequence[Columns]], list[Example | UnusableRow]]
+"""`RowEncoder.encode`: examples of rows, or why they cannot be used, in their order."""
 
-POSITION = "_position"  # key of a streamed batch: where the training stands when it has been handed out
+POSITION = "_position"  # key of a streamed batch: the position after it
 
 
 @dataclass(frozen=True)
 class Window:
-    """What has become of the rows of a window.
+    """The rows of a window after encoding.
 
     Args:
         end: Rows of the epoch up to the end of this window.
-        examples: The usable ones, each after the number of rows up to and including it.
+        examples: The usable ones, each with the number of rows of the epoch up to and including it.
         dropped: Why the others were dropped.
-        bad: The corrupt ones among those.
+        bad: The corrupt ones among the dropped rows.
     """
 
     end: int
@@ -50,15 +51,17 @@ class StreamedWindows(IterableDataset[Window]):
     """The rows of an epoch in shuffled windows; of several worker processes, each encodes every n-th window.
 
     Args:
-        parts: The rows, of one source after another.
+        tables: The rows, of one source after another.
         encode: Makes examples of rows.
         window_size: Rows of a window.
         limit: Number of rows after which an epoch ends; None for all.
         seed: Together with the epoch and the number of a window, decides its order.
     """
 
-    def __init__(self, parts: Sequence[Part], encode: Encode, window_size: int, limit: int | None, seed: int) -> None:
-        self.parts = parts
+    def __init__(
+        self, tables: Sequence[SourceTable], encode: Encode, window_size: int, limit: int | None, seed: int
+    ) -> None:
+        self.tables = tables
         self.encode = encode
         self.window_size = window_size
         self.limit = limit
@@ -77,43 +80,44 @@ class StreamedWindows(IterableDataset[Window]):
             if (number - first) % num_workers == worker_id:
                 yield self._encode(number, window)
 
-    def _read_from(self, start: int) -> Iterator[tuple[Part, ReadRow]]:
-        rows: Iterator[tuple[Part, ReadRow]]
-        if len(self.parts) == 1 and isinstance(self.parts[0].rows, Stream):  # which can skip without reading
-            rows = ((self.parts[0], read) for read in self.parts[0].rows.read_from(start))
+    def _read_from(self, start: int) -> Iterator[tuple[SourceTable, ReadRow]]:
+        rows: Iterator[tuple[SourceTable, ReadRow]]
+        if len(self.tables) == 1 and isinstance(self.tables[0].rows, Stream):  # which can skip without reading
+            rows = ((self.tables[0], read) for read in self.tables[0].rows.read_from(start))
         else:
-            rows = islice(((part, read) for part in self.parts for read in _readers(part)), start, None)
+            rows = islice(((table, read) for table in self.tables for read in _readers(table)), start, None)
         return rows if self.limit is None else islice(rows, max(self.limit - start, 0))
 
-    def _encode(self, number: int, window: Sequence[tuple[Part, ReadRow]]) -> Window:
+    def _encode(self, number: int, window: Sequence[tuple[SourceTable, ReadRow]]) -> Window:
         first = number * self.window_size
         order = np.random.default_rng((self.seed, self.position.epoch, number)).permutation(len(window)).tolist()
         start = max(self.position.rows, first)
-        own = order[start - first :]
-        columns = all_columns(self.parts)
-        rows = [window[index][1]() for index in own]
-        outcomes = self.encode([complete(row, columns) for row in rows], [window[index][0].columns for index in own])
+        remaining = order[start - first :]  # a resumed run may start in mid-window
+        columns = all_columns(self.tables)
+        rows = [window[index][1]() for index in remaining]
+        columns_of_rows = [window[index][0].columns for index in remaining]
+        outcomes = self.encode([fill_missing_columns(row, columns) for row in rows], columns_of_rows)
         examples = [
-            (place, {**outcome, "prompt_index": first + index})
-            for place, index, outcome in zip(count(start + 1), own, outcomes, strict=False)
+            (rows_read, {**outcome, "prompt_index": first + index})
+            for rows_read, index, outcome in zip(count(start + 1), remaining, outcomes, strict=False)
             if not isinstance(outcome, UnusableRow)
         ]
         dropped = Counter(str(outcome) for outcome in outcomes if isinstance(outcome, UnusableRow))
         return Window(first + len(window), examples, dropped, [row for row in rows if isinstance(row, BadLine)])
 
 
-class StreamLoader:
-    """Batches of this process from a position on, up to the end of the epoch.
+class StreamLoader(Resumable):
+    """This rank's batches from a position on, up to the end of the epoch.
 
-    The batches hold usable rows only and are full; an incomplete last one is left out. All processes read and encode
-    all rows, since the batch that a row falls into depends on the rows dropped before it.
+    The batches hold usable rows only and are full; an incomplete last one is left out. All ranks read and encode all
+    rows, since the batch that a row falls into depends on the rows dropped before it.
 
     Args:
         windows: The rows.
-        batch_size: Rows per process and step.
-        rank: This process.
-        world_size: Number of processes.
-        position: Read whenever an iteration begins; advanced by whoever hands out the batches.
+        batch_size: Rows per rank and step.
+        rank: This rank.
+        world_size: Number of ranks.
+        position: Read whenever an iteration begins; set by the data module to that of each batch it uses.
         collate: Makes a batch of examples.
         num_workers: Processes that encode windows.
         skip_bad_rows: Number of corrupt rows of an epoch above which they are an error.
@@ -147,13 +151,13 @@ class StreamLoader:
                 yield batch
             if not num_batches and position.rows == 0:
                 raise ValueError(
-                    f"train has fewer usable rows than one batch of {self.global_batch_size} over all processes; "
+                    f"train has fewer usable rows than one batch of {self.global_batch_size} over all ranks; "
                     "lower batch_size or give more rows"
                 )
             position = Position(position.epoch + 1, 0)
 
     def _rest_of_epoch(self, position: Position) -> Iterator[dict[str, Any]]:
-        """Batches up to the end of the epoch; each is held back until it is known not to be the last."""
+        """Batches up to the end of the epoch; each waits until it is known whether it is the last."""
         waiting: deque[tuple[int, Example]] = deque()
         complete_batch: tuple[int, list[Example]] | None = None
         for window in self._read(position):
@@ -175,7 +179,7 @@ class StreamLoader:
         loader = DataLoader(
             self.windows,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(0),  # the global one is left alone
         )
@@ -188,22 +192,15 @@ class StreamLoader:
             yield window
         if dropped:
             rank_zero_warn(
-                f"train: dropped {dropped.total()} of {end - position.rows} rows ({reasons(dropped)}) "
+                f"train: dropped {dropped.total()} of {end - position.rows} rows ({format_reasons(dropped)}) "
                 f"from row {position.rows} to the end of epoch {position.epoch}"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position belongs to the data module. This tells Lightning that the loader can go on."""
-        return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load nothing."""
-
-
-def _as_it_is(value: T) -> T:
+def _identity(value: T) -> T:
     return value
 
 
-def _readers(part: Part) -> Iterator[ReadRow]:
-    """A part's rows, as a stream gives them."""
-    return iter(part.rows) if isinstance(part.rows, Stream) else (partial(_as_it_is, row) for row in part.rows)
+def _readers(table: SourceTable) -> Iterator[ReadRow]:
+    """A table's rows, as a stream gives them."""
+    return iter(table.rows) if isinstance(table.rows, Stream) else (partial(_identity, row) for row in table.rows)

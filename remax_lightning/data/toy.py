@@ -1,7 +1,7 @@
-"""The quickstart's own world: a seeded generator of demonstrations, preferences and prompts, with a hidden gold reward.
+"""The quickstart's toy data: a small synthetic dataset of demonstrations, preferences and prompts.
 
 A prompt asks about a coloured animal in a place; a response says where it lives, what it is like and what it likes to
-do, and takes its leave. Demonstrations are of mixed quality, so a model that imitates them leaves much for
+do, and ends with a closing phrase. Demonstrations are of mixed quality, so a model that imitates them leaves much for
 reinforcement learning to gain. Everything is drawn from `random.Random`: the same arguments write the same bytes.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from remax_lightning.data.toy_grammar import (
+from remax_lightning.data.toy_language import (
     ACTIONS,
     ANIMALS,
     COLOURS,
@@ -27,12 +27,12 @@ from remax_lightning.data.toy_grammar import (
     WORDS,
     Facts,
     fluency,
+    gold_reward,
     read_prompt,
     write_sentence,
 )
-from remax_lightning.data.toy_reward import gold_reward
 
-__all__ = ["fluency", "gold_reward", "write_demonstration", "write_world"]
+__all__ = ["fluency", "gold_reward", "make_toy_data", "write_demonstration"]
 
 HELD_OUT_SHARE = 8  # one slot combination in this many is kept out of the training files
 MODEL_MAX_LENGTH = 128  # tokens of a prompt and its response
@@ -101,8 +101,8 @@ def _write_traits(rng: random.Random, quality: float) -> list[str]:
 Row = dict[str, str]
 
 
-def write_world(
-    output_dir: str = "runs/quickstart/world",
+def make_toy_data(
+    output_dir: str = "runs/quickstart/data",
     seed: int = 0,
     num_demonstrations: int = 6000,
     num_preferences: int = 6000,
@@ -110,14 +110,14 @@ def write_world(
     num_held_out: int = 256,
     vocab_size: int = 512,
 ) -> None:
-    """Writes the quickstart's data and tokenizer; the same arguments write the same bytes.
+    """Generates a small synthetic dataset and its tokenizer; the same arguments write the same bytes.
 
     The folder holds demonstrations.jsonl (prompt, response), preferences.jsonl (prompt, chosen, rejected),
     prompts.jsonl (prompt), a held-out twin of each (demonstrations_held_out.jsonl, ...) with combinations of colour,
-    animal and place that the training files never ask about, tokenizer/ and world.json with these arguments.
+    animal and place that the training files never ask about, tokenizer/ and arguments.json with these arguments.
 
     Args:
-        output_dir: Folder to write; made if it does not exist.
+        output_dir: Folder to write; created if it does not exist.
         seed: Seed of every draw.
         num_demonstrations: Prompts with a response of mixed quality, for supervised fine-tuning.
         num_preferences: Prompts with two responses, labelled by a noisy comparison of their gold rewards.
@@ -126,34 +126,28 @@ def write_world(
         vocab_size: Most tokens in the byte-level BPE vocabulary, the 256 bytes and 2 special tokens included.
 
     Raises:
-        ValueError: If a size is not positive, or is outside what the world allows.
+        ValueError: If a size is not positive, or there are not as many different prompts.
     """
+    arguments = dict(locals())
+    folder = Path(arguments.pop("output_dir"))
     training, held_out = _split_prompts(random.Random(f"{seed} split"))
     sizes = {"demonstrations": num_demonstrations, "preferences": num_preferences, "prompts": num_prompts}
     for name, size in (sizes | {"held_out": num_held_out}).items():
         _check_size(f"num_{name}", size, 1, {"prompts": len(training), "held_out": len(held_out)}.get(name))
     _check_size("vocab_size", vocab_size, SMALLEST_VOCABULARY, None)
-
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts: list[str] = []
+    texts: list[str] = []  # of the training files
     for name, size in sizes.items():
-        rows = _WRITERS[name](random.Random(f"{seed} {name}"), training, size)
-        texts += [text for row in rows for text in row.values()]
-        _write_rows(folder / f"{name}.jsonl", rows)
-        held_out_rows = _WRITERS[name](random.Random(f"{seed} {name} held out"), held_out, num_held_out)
-        _write_rows(folder / f"{name}_held_out.jsonl", held_out_rows)
+        texts += _write_draws(folder / f"{name}.jsonl", name, f"{seed} {name}", training, size)
+        _write_draws(folder / f"{name}_held_out.jsonl", name, f"{seed} {name} held out", held_out, num_held_out)
     _train_tokenizer(texts, vocab_size).save_pretrained(folder / "tokenizer")
-    arguments = {"seed": seed, **{f"num_{name}": size for name, size in sizes.items()}}
-    arguments |= {"num_held_out": num_held_out, "vocab_size": vocab_size}
-    (folder / "world.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+    (folder / "arguments.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_size(name: str, size: int, smallest: int, largest: int | None) -> None:
-    """Raises a ValueError when a size is outside what the world allows."""
+    """Raises a ValueError if a size is out of range."""
     if size < smallest or (largest is not None and size > largest):
         limit = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
-        raise ValueError(f"{name} must be {limit}; it is {size}. Choose another {name} for write_world.")
+        raise ValueError(f"{name} must be {limit}; it is {size}. Choose another {name}.")
 
 
 def _split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
@@ -199,9 +193,12 @@ _WRITERS: Mapping[str, Callable[[random.Random, Sequence[str], int], list[Row]]]
 }
 
 
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows as JSON lines."""
+def _write_draws(path: Path, name: str, seed: str, prompts: Sequence[str], size: int) -> list[str]:
+    """Draws rows of a kind and writes them as JSON lines; returns their texts."""
+    rows = _WRITERS[name](random.Random(seed), prompts, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [text for row in rows for text in row.values()]
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

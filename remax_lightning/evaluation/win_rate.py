@@ -1,4 +1,4 @@
-"""How often one model's responses score above another's, with its uncertainty."""
+"""The uncertainty of a win rate."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ NORMAL_QUANTILE = 1.959963984540054  # of 0.975: a two-sided 95 % interval
 
 @dataclass(frozen=True)
 class WinRate:
-    """A win rate with its 95 % interval.
+    """A win rate with its 95 % Wilson score interval.
 
     Attributes:
-        rate: Share of comparisons won, a tie as one half, in [0, 1].
-        low: Lower end of the Wilson score interval.
-        high: Upper end of the Wilson score interval.
-        num_comparisons: Pairs compared.
+        rate: Mean of the wins, in [0, 1].
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        num_comparisons: Number of wins, losses and ties.
     """
 
     rate: float
@@ -24,52 +24,26 @@ class WinRate:
     num_comparisons: int
 
 
-def win_rate(scores: Sequence[float], reference_scores: Sequence[float]) -> WinRate:
-    """Share of pairs in which the score is above the reference score.
-
-    Ties count one half; pairs with a score that is not finite are left out.
+def win_rate(wins: Sequence[float]) -> WinRate:
+    """Mean of wins and its interval.
 
     Args:
-        scores: Score of each response.
-        reference_scores: Score of the reference's response to the same prompt.
-
-    Returns:
-        The rate and its 95 % Wilson score interval.
+        wins: 1 for a win, 0 for a loss, 0.5 for a tie; NaN, where there was no comparison, is left out.
 
     Raises:
-        ValueError: If the lengths differ or no pair of finite scores is left.
+        ValueError: If nothing was compared.
 
     Example:
-        >>> win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0]).rate
+        >>> win_rate([1.0, 0.5, 0.0, 1.0, float("nan")]).rate
         0.625
 
     Reference: Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
-    if len(scores) != len(reference_scores):
-        raise ValueError(
-            f"win_rate needs one reference score for each score; it got {len(scores)} scores and "
-            f"{len(reference_scores)} reference scores. Score the same prompts with both models."
-        )
-    pairs = [
-        (score, reference)
-        for score, reference in zip(scores, reference_scores, strict=True)
-        if math.isfinite(score) and math.isfinite(reference)
-    ]
-    if not pairs:
-        raise ValueError(
-            f"win_rate needs a pair of finite scores; none of the {len(scores)} pairs is finite. "
-            "Check the reward that produced them."
-        )
-    wins = sum(1.0 if score > reference else 0.5 * (score == reference) for score, reference in pairs)
-    rate = wins / len(pairs)
-    low, high = _wilson_interval(rate, len(pairs))
-    return WinRate(rate, low, high, len(pairs))
-
-
-def _wilson_interval(rate: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of `count` trials."""
-    z = NORMAL_QUANTILE
+    compared = [win for win in wins if not math.isnan(win)]
+    if not compared:
+        raise ValueError(f"a win rate needs a comparison, and none of {len(wins)} rows has one; check the rewards")
+    rate, count, z = sum(compared) / len(compared), len(compared), NORMAL_QUANTILE
     scale = 1 + z**2 / count
     centre = (rate + z**2 / (2 * count)) / scale
     half = z / scale * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return WinRate(rate, max(centre - half, 0.0), min(centre + half, 1.0), count)

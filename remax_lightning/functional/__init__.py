@@ -7,6 +7,7 @@ from remax_lightning.functional.advantages import (
     leave_one_out,
     leave_one_out_baselines,
     masked_moments,
+    mean_of_others,
     normalized,
     remax_advantages,
 )
@@ -16,8 +17,17 @@ from remax_lightning.functional.fused_head import (
     fused_policy_gradient,
     fused_policy_gradient_loss,
 )
-from remax_lightning.functional.keyed_random import keyed_uniforms, row_keys
-from remax_lightning.functional.log_probs import KLEstimator, entropy, kl_k1, kl_k2, kl_k3, masked_mean, token_log_probs
+from remax_lightning.functional.keyed_random import keyed_uniforms, row_keys, run_seed
+from remax_lightning.functional.log_probs import (
+    KLEstimator,
+    entropy,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    masked_mean,
+    response_kl,
+    token_log_probs,
+)
 from remax_lightning.functional.losses import (
     bradley_terry_loss,
     clipped_policy_loss,
@@ -25,6 +35,7 @@ from remax_lightning.functional.losses import (
     policy_gradient_loss,
     value_loss,
 )
+from remax_lightning.functional.micro_batches import micro_batches
 from remax_lightning.functional.returns import (
     adapted_kl_coef,
     discounted_returns,
@@ -70,13 +81,17 @@ __all__ = [
     "length_mask",
     "masked_mean",
     "masked_moments",
+    "mean_of_others",
+    "micro_batches",
     "normalized",
     "policy_gradient_loss",
     "position_ids",
     "remax_advantages",
+    "response_kl",
     "response_lengths",
     "right_pad",
     "row_keys",
+    "run_seed",
     "token_log_probs",
     "value_loss",
 ]

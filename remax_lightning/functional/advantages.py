@@ -1,5 +1,6 @@
 """Advantages: how much each sampled token's log-probability is pushed up or down."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -136,6 +137,27 @@ def leave_one_out_baselines(rewards: Tensor, num_samples: int) -> Tensor:
     # Not the prompt's sum less the own reward, which would lose small rewards beside a large one.
     sums = torch.where(counts, by_prompt, 0.0).sum(-1)
     return (sums / counts.sum(-1)).view(-1)  # 0 / 0 = NaN
+
+
+@torch.no_grad()
+def mean_of_others(rewards: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of all other finite rewards of the global batch.
+
+    Args:
+        rewards: Reward of each response of this rank, (B,).
+        sum_over_ranks: Adds a scalar over all ranks, in float64.
+
+    Returns:
+        Baselines without gradient, same shape and type; NaN where no other reward is finite.
+
+    Example:
+        >>> mean_of_others(torch.tensor([1.0, 2.0, 4.0]), lambda value: value.double())
+        tensor([3.0000, 2.5000, 1.5000])
+    """
+    is_known = rewards.isfinite()
+    finite = torch.where(is_known, rewards, 0.0)
+    total, count = sum_over_ranks(finite.sum()), sum_over_ranks(is_known.sum())
+    return ((total - finite) / (count - is_known.double())).to(rewards.dtype)
 
 
 @torch.no_grad()

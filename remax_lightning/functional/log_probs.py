@@ -111,6 +111,20 @@ def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
+def response_kl(log_probs: Tensor, ref_log_probs: Tensor, response_mask: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) by each response: the sum of k1 over its tokens; unbiased.
+
+    Args:
+        log_probs: Log-probabilities under the policy, in nats, (B, T).
+        ref_log_probs: Log-probabilities of the same tokens under the reference, (B, T).
+        response_mask: True where the policy chose the token, (B, T) bool.
+
+    Returns:
+        KL in nats, (B,).
+    """
+    return kl_k1(log_probs, ref_log_probs).masked_fill(~response_mask, 0.0).sum(dim=1)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the values where the mask is True.
 

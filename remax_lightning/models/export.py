@@ -1,4 +1,4 @@
-"""Write a trained model as a Hugging Face folder that anyone can load."""
+"""A trained model as a Hugging Face folder."""
 
 from pathlib import Path
 

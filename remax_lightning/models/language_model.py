@@ -26,6 +26,9 @@ def load_language_model(source: ModelSource, *, on_meta: bool = False) -> PreTra
     Raises:
         ValueError: If the tokenizer has tokens beyond the model's vocabulary.
     """
+    if (loaded := source.loaded(on_meta=on_meta)) is not None:
+        check_vocabulary(loaded, source.load_tokenizer())
+        return loaded
     config = source.load_config()
     options: dict[str, object] = {"dtype": source.torch_dtype}
     if source.attn_implementation is not None:

@@ -1,45 +1,39 @@
-"""The state of an optimizer with its parameters by name, as sharded models have it, and by number, as torch has it."""
+"""Conversion of an optimizer's state: keyed by parameter name, as for sharded models, or by index, as torch has it."""
 
 from typing import Any
 
 
 def keyed_by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """A state by names as one by numbers: the parameters of all groups are counted through.
+    """Convert from names to indices: parameters are numbered through all groups.
 
     Args:
         state: ``state`` by name, and ``param_groups`` whose ``params`` are names.
     """
-    groups: list[dict[str, Any]] = []
-    numbers: dict[str, int] = {}
-    for group in state["param_groups"]:
-        first = len(numbers)
-        numbers.update({name: first + place for place, name in enumerate(group["params"])})
-        groups.append({**group, "params": [numbers[name] for name in group["params"]]})
-    return {"state": {numbers[name]: value for name, value in state.get("state", {}).items()}, "param_groups": groups}
+    indices = {name: index for index, name in enumerate(_names(state["param_groups"]))}
+    groups = [{**group, "params": [indices[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {indices[name]: value for name, value in state.get("state", {}).items()}, "param_groups": groups}
 
 
 def keyed_by_name(state: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
-    """A state by numbers as one by names.
+    """Convert from indices to names.
 
     Args:
-        state: ``state`` by number, and ``param_groups`` whose ``params`` are numbers.
+        state: ``state`` by index, and ``param_groups`` whose ``params`` are indices.
         names: Names of the parameters of each group.
 
     Raises:
         ValueError: If the groups do not have as many parameters.
     """
-    saved = [group["params"] for group in state["param_groups"]]
-    if [len(group) for group in saved] != [len(group) for group in names]:
+    saved, sizes = [len(group["params"]) for group in state["param_groups"]], [len(group) for group in names]
+    if saved != sizes:
         raise ValueError(
-            f"the optimizer's groups have {[len(group) for group in names]} parameters, but the saved ones "
-            f"{[len(group) for group in saved]}: it is the state of another model"
+            f"the optimizer's groups have {sizes} parameters, but those in the checkpoint {saved}: it is the state of "
+            "another model; restore the model that the checkpoint was saved with"
         )
-    by_number = {
-        number: name
-        for numbers, group in zip(saved, names, strict=True)
-        for number, name in zip(numbers, group, strict=True)
-    }
-    groups = [
-        {**group, "params": list(group_names)} for group, group_names in zip(state["param_groups"], names, strict=True)
-    ]
-    return {"state": {by_number[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+    groups = [{**group, "params": list(each)} for group, each in zip(state["param_groups"], names, strict=True)]
+    by_index = dict(zip(_names(state["param_groups"]), _names(groups), strict=True))
+    return {"state": {by_index[index]: value for index, value in state["state"].items()}, "param_groups": groups}
+
+
+def _names(groups: list[dict[str, Any]]) -> list[Any]:
+    return [name for group in groups for name in group["params"]]

@@ -30,6 +30,10 @@ def load_reward_model(
     Raises:
         ValueError: If the folder has another number of labels, or a trained model was required and it has no head.
     """
+    if (loaded := source.loaded(on_meta=on_meta)) is not None:
+        scalar_head(loaded)
+        check_vocabulary(loaded, source.load_tokenizer())
+        return loaded
     options: dict[str, object] = {"dtype": source.torch_dtype}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation

@@ -27,8 +27,8 @@ from remax_lightning.models.adapter_folder import adapter_base
 from remax_lightning.models.adapter_names import base_name, is_adapter
 from remax_lightning.models.hub import check_reachable
 from remax_lightning.models.language_model import freeze
-from remax_lightning.models.lora import LoRA, initial_adapter, with_lora
-from remax_lightning.models.parallelize import Sharding, full_tensor, shard, sharded_units
+from remax_lightning.models.lora import LoRA, check_quantization, initial_adapter, with_lora
+from remax_lightning.models.parallelize import Sharding, checkpoint_activations, full_tensor, shard, sharded_units
 from remax_lightning.models.source import ModelSource
 
 Loader = Callable[..., PreTrainedModel]
@@ -78,6 +78,28 @@ def load_sharded(
         if is_adapter(name):
             copy_shard(initial_adapter(name, value.shape, 0), value)
     return model
+
+
+def load_trainable(
+    loader: Loader, source: ModelSource, lora: LoRA | None, sharding: Sharding | None, *, activation_checkpointing: bool
+) -> PreTrainedModel:
+    """A model in training mode: with adapters, sharded over ranks and with checkpointed activations, as asked for.
+
+    Args:
+        loader: Loads the model of a source.
+        source: Where from.
+        lora: Adapters to add.
+        sharding: How to shard it; None loads the full model.
+        activation_checkpointing: Store only the input of each block for the backward pass.
+
+    Raises:
+        ValueError: If weights in few bits cannot be loaded or trained so.
+    """
+    check_quantization(source, lora)
+    model = with_lora(loader(source), lora) if sharding is None else load_sharded(loader, source, sharding, lora=lora)
+    if activation_checkpointing:
+        checkpoint_activations(model)
+    return model.train()
 
 
 def build_on_meta(loader: Loader, source: ModelSource, lora: LoRA | None) -> PreTrainedModel:

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from remax_lightning.models.adapter_folder import adapter_base, tokenizer_folder
 from remax_lightning.models.hub import check_reachable, looks_like_folder
-from remax_lightning.models.tokenizer import load_tokenizer
+from remax_lightning.models.tokenizer import load_tokenizer, prepared_tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class ModelSource:
     Args:
         path: Hugging Face folder or hub name with the weights; or an adapter folder of LoRA, which is merged into the
             base that it names.
+        model: A loaded model, from Python only; it is the model that is trained, not a copy.
         architecture: Folder with the model's config.json, read in place of that of ``path``, so that ``plan`` and
             ``tiny`` need no download.
         config: Values of a Hugging Face configuration, ``model_type`` among them, to build random weights from
             instead of loading a ``path``. The vocabulary size and the special tokens default to the tokenizer's.
-        tokenizer: Folder or hub name of the tokenizer. The default is ``path``.
-        chat_template: Jinja text, or a path to a file with it, in place of the tokenizer's own chat template.
+        tokenizer: Folder or hub name of the tokenizer; or, from Python only, a loaded one. The default is ``path``, or
+            what ``model`` was loaded from.
+        chat_template: Jinja text, or a path to a file with it, in place of the tokenizer's chat template.
         dtype: Type of the weights in memory. Keep what is trained in float32 and compute in bfloat16 by
             ``--trainer.precision bf16-mixed``: bfloat16 weights are too coarse for RLHF's learning rates.
         attn_implementation: Attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ...
@@ -35,14 +37,15 @@ class ModelSource:
         quantization: Load frozen base weights in 4 or 8 bit by bitsandbytes, for LoRA.
 
     Raises:
-        ValueError: If not exactly one of ``path`` and ``config`` is given, a ``config`` comes without a tokenizer, or
-            an ``architecture`` comes beside a ``config``.
+        ValueError: If not exactly one of ``path``, ``model`` and ``config`` is given, a ``config`` comes without a
+            tokenizer, an ``architecture`` comes beside a ``config``, or a ``model`` cannot be trained as it is.
     """
 
     path: str | None = None
+    model: PreTrainedModel | None = None
     architecture: str | None = None
     config: dict[str, Any] | None = None
-    tokenizer: str | None = None
+    tokenizer: str | PreTrainedTokenizerBase | None = None
     chat_template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str | None = None
@@ -50,11 +53,14 @@ class ModelSource:
     quantization: Literal["4bit", "8bit"] | None = None
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.config is None):
+        if sum(each is not None for each in (self.path, self.model, self.config)) != 1:
             raise ValueError(
-                f"a model source needs exactly one of path (weights to load) and config (values to build random "
-                f"weights from), got path={self.path!r} and config={self.config!r}"
+                f"a model source needs exactly one of path (weights to load), config (values to build random weights "
+                f"from) and, from Python, model, got path={self.path!r}, config={self.config!r} and "
+                f"model={type(self.model).__name__}"
             )
+        if self.model is not None:
+            _check_loaded(self)
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a model built from config needs a tokenizer: set tokenizer to a folder or a hub name")
         if self.config is not None and self.architecture is not None:
@@ -63,6 +69,24 @@ class ModelSource:
                 f"drop one of architecture={self.architecture!r} and config={self.config!r}"
             )
 
+    @classmethod
+    def of(cls, model: "ModelLike") -> "ModelSource":
+        """A source as it is; or that of a folder or hub name, or of a loaded model.
+
+        Raises:
+            TypeError: If it is something else.
+        """
+        if isinstance(model, ModelSource):
+            return model
+        if isinstance(model, str | Path):
+            return cls(path=str(model))
+        if isinstance(model, PreTrainedModel):
+            return cls(model=model)
+        raise TypeError(
+            f"a model is given as a folder or hub name, a ModelSource or a loaded transformers model, got "
+            f"{type(model).__name__}; adapters are added by lora=LoRA(...)"
+        )
+
     @property
     def has_weights(self) -> bool:
         """Whether there are weights to load; otherwise they are random."""
@@ -70,14 +94,28 @@ class ModelSource:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of this model, with a pad token."""
-        name = self.tokenizer if self.tokenizer is not None else self.path
-        assert name is not None
-        return load_tokenizer(tokenizer_folder(name), self.chat_template)
+        if isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            return prepared_tokenizer(self.tokenizer, self.chat_template)
+        name = self.tokenizer or (self.path if self.model is None else self.model.name_or_path)
+        return load_tokenizer(tokenizer_folder(str(name)), self.chat_template)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as torch names it."""
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def loaded(self, *, on_meta: bool) -> PreTrainedModel | None:
+        """The model, if it was given loaded.
+
+        Args:
+            on_meta: What is asked for is its structure on the meta device.
+
+        Raises:
+            ValueError: If it is: nothing says how to build it.
+        """
+        if self.model is not None and on_meta:
+            raise ValueError("a loaded model cannot be sharded by fsdp2; give its folder or hub name instead")
+        return self.model
 
     def load_config(self, **overrides: Any) -> PretrainedConfig:
         """The model's configuration with every dropout at zero.
@@ -112,6 +150,33 @@ class ModelSource:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config has values that {config_class.__name__} does not know: {', '.join(unknown)}")
         return config_class(**{**vocabulary_of(self.load_tokenizer()), **values, **overrides})
+
+
+ModelLike: TypeAlias = ModelSource | str | PreTrainedModel
+"""How a model is given: a source, a folder or hub name, or a loaded model."""
+
+
+def _check_loaded(source: ModelSource) -> None:
+    """Refuse a loaded model with dropout, of which nobody knows the tokenizer, or options that are for loading."""
+    model = source.model
+    assert model is not None
+    if model.name_or_path == "" and source.tokenizer is None:
+        raise ValueError(
+            f"the loaded {type(model).__name__} does not say where its tokenizer is; give "
+            "ModelSource(model=..., tokenizer=...)"
+        )
+    if source.architecture or source.attn_implementation or source.tiny or source.quantization:
+        raise ValueError("a loaded model takes no option but tokenizer and chat_template; the others are for loading")
+    dropouts = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if "drop" in name and isinstance(value, float) and value > 0
+    }
+    if dropouts:
+        raise ValueError(
+            f"a policy is trained without dropout, but the loaded {type(model).__name__} has {dropouts}; give its "
+            "folder or hub name, or load it with these at 0"
+        )
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -30,15 +30,30 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
         ValueError: If the tokenizer has neither a pad nor an eos token.
     """
     check_reachable(path, "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()))
+    return prepared_tokenizer(AutoTokenizer.from_pretrained(str(Path(path).expanduser())), chat_template)
+
+
+def prepared_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, with a pad token and the chat template.
+
+    Raises:
+        ValueError: If it has neither a pad nor an eos token.
+    """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"tokenizer {path!r} has neither a pad nor an eos token; add an eos token to its files")
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} has neither a pad nor an eos token; add an eos token to it"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         is_file = chat_template.endswith(".jinja")
         tokenizer.chat_template = Path(chat_template).expanduser().read_text("utf-8") if is_file else chat_template
     return tokenizer
+
+
+def have_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers have the same tokens, so that log-probs of their models can be compared."""
+    return first.get_vocab() == second.get_vocab()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

@@ -1,47 +1,82 @@
-"""What every module shares: the optimizer, the one manual-optimization loop, means over processes."""
+"""What every module shares: the model, the optimizer, the one manual-optimization step, means over ranks."""
 
-import time
+import difflib
+import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel
 
-from remax_lightning.models.lora import LoRA, check_quantization, leave_out_frozen, with_lora
-from remax_lightning.models.parallelize import Sharding, checkpoint_activations, full_tensor, sync_gradients
-from remax_lightning.models.sharded_loading import Loader, gather_to_rank_0, load_sharded, peak_host_memory
-from remax_lightning.models.source import ModelSource
+from remax_lightning.functional.micro_batches import micro_batches
+from remax_lightning.models.lora import LoRA, leave_out_frozen
+from remax_lightning.models.parallelize import Sharding
+from remax_lightning.models.sharded_loading import (
+    Loader,
+    build_on_meta,
+    gather_to_rank_0,
+    load_trainable,
+    peak_host_memory,
+)
+from remax_lightning.models.source import ModelLike, ModelSource
+from remax_lightning.modules.gradients import GradientAccumulation, Losses, clip_gradient
+from remax_lightning.modules.hyperparameters import as_plain, constructor_arguments
 from remax_lightning.modules.means import Means
-from remax_lightning.modules.optimizers import parameter_groups
-from remax_lightning.modules.supported import check_trainer
+from remax_lightning.modules.optimizers import LearningRateSchedule, configured_schedule, parameter_groups
+from remax_lightning.modules.timing import PhaseTimer
+from remax_lightning.supported import check_supported
 
-LearningRateSchedule = Literal["constant", "linear", "cosine"]
 MAX_SKIPPED_STEPS = 10
+"""A run whose steps are all skipped learns nothing; ten in a row are no accident."""
+
+
+class SkippedSteps:
+    """Counts the steps that are skipped in a row."""
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def count(self, *, is_usable: bool, step: int) -> None:
+        """Count a step.
+
+        Raises:
+            RuntimeError: After ten skipped steps in a row.
+        """
+        self.in_a_row = 0 if is_usable else self.in_a_row + 1
+        if is_usable:
+            return
+        rank_zero_warn(f"step {step} is skipped: no usable row, or a gradient that is not finite")
+        if self.in_a_row == MAX_SKIPPED_STEPS:
+            raise RuntimeError(
+                f"{MAX_SKIPPED_STEPS} steps in a row had no usable row or a gradient that is not finite; the weights "
+                "are those before them: look at the rewards and the data, or lower the learning rate"
+            )
 
 
 class TrainableModule(LightningModule):
     """A transformers model and how it is trained.
 
-    A subclass names the model (``trained_model``) and calls :meth:`update` from its ``training_step``.
+    A subclass names the model (``trained_model``), loads it in ``configure_model`` and calls :meth:`update` from its
+    ``training_step``.
 
     Args:
+        source: Where the trained model comes from.
         optimizer: Optimizer of the model's parameters; weight decay is left off norms and biases.
         lr_schedule: Course of the learning rate from its peak to the last step: constant, linear to zero or cosine.
-        warmup_fraction: Part of all steps over which the learning rate rises from zero to its peak.
-        micro_batch_size: Rows (responses, pairs) for each forward and backward pass, those of like length together;
-            the update does not depend on it, the memory does. The default is the whole batch.
-        micro_batch_tokens: Tokens for each forward and backward pass, padding included; a longer row goes alone. With
-            both limits, the one that is reached first ends a micro-batch.
-        max_grad_norm: The gradient is scaled down to this norm; null leaves it as it is.
-        activation_checkpointing: Keep only the input of each block for the backward pass and compute the rest again:
+        warmup_fraction: Fraction of all steps over which the learning rate rises from zero to its peak.
+        micro_batch_size: Rows (responses, pairs) of each forward and backward pass, those of similar length together;
+            the update does not depend on it, the memory does. The default is the full batch.
+        micro_batch_tokens: Tokens of each forward and backward pass, padding included; a longer row is a micro-batch of
+            its own. With both limits, the one that is reached first ends a micro-batch.
+        max_grad_norm: The gradient is scaled down to this norm; null does not clip.
+        activation_checkpointing: Store only the input of each block for the backward pass and recompute the rest:
             far less memory, for about a third more time in the update.
         lora: Train low-rank adapters on the model instead of its weights, which are frozen.
 
@@ -49,8 +84,16 @@ class TrainableModule(LightningModule):
         ValueError: If an argument is out of its range.
     """
 
+    loader: ClassVar[Loader]  # loads the trained model of a source
+
+    def __new__(cls, *args: Any, **arguments: Any) -> "TrainableModule":
+        """Refuse an unknown argument with the nearest known one."""
+        check_names(cls, arguments)
+        return super().__new__(cls)
+
     def __init__(
         self,
+        source: ModelLike,
         optimizer: OptimizerCallable,
         lr_schedule: LearningRateSchedule = "cosine",
         warmup_fraction: float = 0.0,
@@ -61,14 +104,11 @@ class TrainableModule(LightningModule):
         lora: LoRA | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction is a part of all steps, from 0 to below 1, got {warmup_fraction}")
-        for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1, got {limit}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, or null for no clipping, got {max_grad_norm}")
+        check_arguments(warmup_fraction, micro_batch_size, micro_batch_tokens, max_grad_norm)
+        self.save_hyperparameters(as_plain(constructor_arguments(inspect.currentframe())))
         self.automatic_optimization = False
+        self.source = ModelSource.of(source)
+        self.tokenizer = self.source.load_tokenizer()
         self.optimizer = optimizer
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
@@ -76,12 +116,10 @@ class TrainableModule(LightningModule):
         self.lora = lora
         self.strict_loading = lora is None  # a checkpoint holds only what is trained
         self.register_state_dict_post_hook(leave_out_frozen)
-        self.sharding: Sharding | None = None  # set by a strategy that splits models over processes
-        self.skipped_in_a_row = 0
-        self.seconds: dict[str, float] = {}
+        self.sharding: Sharding | None = None  # set by a strategy that shards models
+        self.skipped_steps = SkippedSteps()
+        self.timer = PhaseTimer()
         self.train_means, self.eval_means = Means(), Means()
-
-    tokenizer: PreTrainedTokenizerBase
 
     @property
     @abstractmethod
@@ -100,195 +138,151 @@ class TrainableModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what this loop cannot do right."""
-        check_trainer(self.trainer, is_sharded=self.sharding is not None)
+        check_supported(self.trainer.strategy, self.trainer.precision)
 
-    def load(self, load: Loader, source: ModelSource) -> PreTrainedModel:
-        """A model to train: with adapters, split over processes and with checkpointed activations, as configured.
-
-        Args:
-            load: Loads the model of a source.
-            source: Where from.
-        """
-        check_quantization(source, self.lora)
+    def load_model(self, loader: Loader, source: ModelSource) -> PreTrainedModel:
+        """A model of a source to train: with adapters, sharded and with checkpointed activations, as configured."""
+        model = load_trainable(
+            loader, source, self.lora, self.sharding, activation_checkpointing=self.activation_checkpointing
+        )
         if self.sharding is not None:
-            model = load_sharded(load, source, self.sharding, lora=self.lora)
             peaks = ", ".join(f"{peak:.2f}" for peak in peak_host_memory())
-            rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by process, GiB: {peaks}")
-        else:
-            model = with_lora(load(source), self.lora)
-        if self.activation_checkpointing:
-            checkpoint_activations(model)
-        return model.train()
-
-    @abstractmethod
-    def build_on_meta(self) -> PreTrainedModel:
-        """The trained model on the meta device."""
+            rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by rank, GiB: {peaks}")
+        return model
 
     def unsharded_model(self) -> PreTrainedModel | None:
-        """The trained model in one piece, for export: if it is split over processes a copy, in process 0 alone."""
-        return self.trained_model if self.sharding is None else gather_to_rank_0(self.trained_model, self.build_on_meta)
+        """The trained model for export; of a sharded one a full copy on rank 0, None on the others."""
+        if self.sharding is None:
+            return self.trained_model
+        return gather_to_rank_0(self.trained_model, lambda: build_on_meta(self.loader, self.source, self.lora))
 
     def configure_optimizers(self) -> Any:
         """The optimizer over groups of parameters, and the schedule of its learning rate."""
         optimizer = self.optimizer(cast(Iterable[nn.Parameter], self.parameter_groups()))
-        total = self._total_steps() if self.lr_schedule != "constant" or self.warmup_fraction > 0 else 0
-        name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
-        scheduler = get_scheduler(name, optimizer, int(self.warmup_fraction * total), total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = configured_schedule(
+            optimizer, self.lr_schedule, self.warmup_fraction, self.trainer, self.updates_per_batch
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters of all trained models in groups, as optimizers take them."""
         return [group for model in self.trained_models.values() for group in parameter_groups(model)]
 
-    def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if self.trainer.max_steps == -1:  # batches; otherwise optimizer steps
-            steps *= self.updates_per_batch
-        if steps == float("inf") or steps < 0:
-            raise ValueError(
-                f"lr_schedule={self.lr_schedule} with warmup_fraction={self.warmup_fraction} needs to know the number "
-                "of steps; set trainer.max_steps or trainer.max_epochs"
-            )
-        return int(steps)
-
-    def update(self, lengths: Tensor, losses: Callable[[Tensor], Iterable[Tensor]], num_terms: Tensor) -> None:
+    def update(
+        self,
+        lengths: Tensor,
+        losses: Losses,
+        num_terms: Tensor,
+        *,
+        accept: Callable[[dict[str, Tensor]], bool] | None = None,
+    ) -> None:
         """One optimizer step on a batch, in micro-batches: the only one in the project.
 
-        A step with nothing to learn from or with a gradient that is not finite is skipped and counted, by all
-        processes alike, since the gradient is the same in all of them; the weights stay bitwise as they were.
+        A step with nothing to learn from or with a gradient that is not finite is skipped and counted. All ranks decide
+        the same, since the gradient is the same on all of them; the weights stay bitwise as they were.
 
         Args:
-            lengths: Tokens of each row of this process's batch, (B,).
-            losses: From row indices to the summed loss, divided by ``num_terms``, of each of the trained models; a loss
-                is computed when the backward pass of the one before it is done, except under DDP.
-            num_terms: Number of :meth:`mean_count_per_rank`; 0 if every row was dropped.
+            lengths: Tokens of each row of this rank's batch, (B,).
+            losses: From row indices to the loss of each of the trained models, divided by ``num_terms``; a loss is
+                computed when the backward pass of the one before it is done, except under DDP.
+            num_terms: Number of terms by :meth:`mean_count_per_rank`; 0 if every row was dropped.
+            accept: From the losses' metrics of all rows, (N,) each, to whether the step is taken; all ranks have to
+                agree.
 
         Raises:
             RuntimeError: After ten skipped steps in a row.
+            TypeError: If ``losses`` yields something else.
         """
         optimizer = cast(Optimizer, self.optimizers())
-        micro_batches = self.micro_batches(lengths)
-        num_passes = self._max_over_ranks(len(micro_batches))
-        for number in range(num_passes):
-            with self._gradient_sync(is_last=number == num_passes - 1):
-                self._backward(losses(micro_batches[number]) if number < len(micro_batches) else self._no_losses())
-        norms = {name: self._clip(model) for name, model in self.trained_models.items()}
-        is_usable = self.accepts_step() and bool(torch.stack(list(norms.values())).isfinite().all() & (num_terms > 0))
-        for name, norm in norms.items():
-            self.train_means.add(f"{name}grad_norm", norm)
-        self.train_means.add("steps_skipped", torch.tensor(0.0 if is_usable else 1.0, device=self.device))
-        self.train_means.add("learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device))
+        models = list(self.trained_models.values())
+        accumulation = GradientAccumulation(models, self.manual_backward, self.trainer.strategy, self.sharding)
+        metrics = accumulation.run(self.micro_batches(lengths), losses)
+        norms = {name: clip_gradient(model, self.max_grad_norm) for name, model in self.trained_models.items()}
+        is_accepted = accept is None or accept(metrics)
+        is_usable = is_accepted and bool(torch.stack(list(norms.values())).isfinite().all() & (num_terms > 0))
+        metrics |= {f"{name}grad_norm": norm for name, norm in norms.items()}
+        metrics["steps_skipped"] = torch.tensor(float(not is_usable), device=self.device)
+        metrics["learning_rate"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device)
+        for name, values in metrics.items():
+            self.train_means.add(name, values)
         if is_usable:
             optimizer.step()
             self.lr_schedulers().step()  # type: ignore[union-attr]
         optimizer.zero_grad()
-        self._count_skipped(is_usable)
-
-    def _backward(self, losses: Iterable[Tensor]) -> None:
-        """A backward pass for each loss; under DDP, which exchanges all gradients in one, for their sum."""
-        if isinstance(self.trainer.strategy, DDPStrategy):
-            losses = [torch.stack(list(losses)).sum()]
-        for loss in losses:
-            self.manual_backward(loss)
-
-    def _clip(self, model: PreTrainedModel) -> Tensor:
-        """Scale a model's gradient down to the largest norm; its norm before."""
-        max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-
-    def accepts_step(self) -> bool:
-        """False skips the step, though its gradient is finite; all processes have to agree."""
-        return True
+        self.skipped_steps.count(is_usable=is_usable, step=self.global_step)
 
     def micro_batches(self, lengths: Tensor) -> list[Tensor]:
         """Row indices of each micro-batch, the longest rows first."""
-        order = lengths.argsort(descending=True, stable=True)
-        size = len(order) if self.micro_batch_size is None else self.micro_batch_size
-        if self.micro_batch_tokens is None:
-            return list(order.split(size))
-        micro_batches = []
-        while len(order) > 0:
-            fitting = self.micro_batch_tokens // max(int(lengths[order[0]]), 1)
-            micro_batches.append(order[: max(min(size, fitting), 1)])
-            order = order[len(micro_batches[-1]) :]
-        return micro_batches
-
-    def _gradient_sync(self, is_last: bool) -> Any:
-        """Processes exchange gradients once a step, after the last micro-batch."""
-        if self.sharding is not None:
-            for model in self.trained_models.values():
-                sync_gradients(model, self.sharding, is_last=is_last)
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) and not is_last else nullcontext()
-
-    def _max_over_ranks(self, count: int) -> int:
-        """The largest count of all processes where they have to call a sharded model equally often; else the count."""
-        if self.sharding is None:
-            return count
-        counts = torch.tensor(count, device=self.device)
-        return int(cast(Tensor, self.trainer.strategy.reduce(counts, reduce_op="max")))
-
-    def _no_losses(self) -> Iterator[Tensor]:
-        """Losses of 0 through all parameters: the part of this process in another one's micro-batch."""
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        for model in self.trained_models.values():
-            logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
-            yield (logits * 0.0).sum()
-
-    def _count_skipped(self, is_usable: bool) -> None:
-        self.skipped_in_a_row = 0 if is_usable else self.skipped_in_a_row + 1
-        if is_usable:
-            return
-        rank_zero_warn(f"step {self.global_step} is skipped: no usable row, or a gradient that is not finite")
-        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
-            raise RuntimeError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had no usable row or a gradient that is not finite; the weights "
-                "are those before them: look at the rewards and the data, or lower the learning rate"
-            )
+        return micro_batches(lengths, size=self.micro_batch_size, tokens=self.micro_batch_tokens)
 
     def mean_count_per_rank(self, count: Tensor) -> Tensor:
-        """Terms (tokens, pairs) of all processes' batches over the number of processes.
+        """Number of terms (tokens, pairs) of the global batch divided by the number of ranks.
 
-        Strategies average gradients over processes; losses divided by this number then add up to the mean over all
-        terms of the global batch, whatever their split over processes and micro-batches.
+        Strategies average gradients over ranks; losses divided by this number then add up to the mean over all terms of
+        the global batch, however they are distributed over ranks and micro-batches.
         """
         return self.sum_over_ranks(count) / self.trainer.world_size
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Values added over all processes, float64."""
+        """Values added over all ranks, float64."""
         return cast(Tensor, self.trainer.strategy.reduce(values.double(), reduce_op="sum"))
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step, for ``time/*`` and for Lightning's profilers."""
-        start = time.perf_counter()
-        with self.trainer.profiler.profile(name):  # type: ignore[attr-defined]
-            yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    def is_true_on_all_ranks(self, claim: bool) -> bool:
+        """Whether a claim is true on all ranks; collective."""
+        return self.trainer.strategy.reduce_boolean_decision(claim, all=True)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time a phase of the step, for ``time/*`` and for Lightning's profilers."""
+        return self.timer.phase(name, self.trainer.profiler)  # type: ignore[attr-defined]
 
     def log_training(self, progress: Iterable[str]) -> dict[str, Tensor]:
-        """Log the step's means over all processes under ``train/`` and the seconds of its phases under ``time/``.
+        """Log the step's means over all ranks under ``train/`` and the seconds of its phases under ``time/``.
 
         Returns:
             The means.
         """
-        means = self.train_means.compute()
+        means = self.train_means.compute(self.device)
         for name, value in means.items():
             self.log(f"train/{name}", value, prog_bar=name in set(progress), batch_size=1)
-        for name, seconds in self.seconds.items():
+        for name, seconds in self.timer.take().items():
             self.log(f"time/{name}", seconds, batch_size=1)
-        self.seconds = {}
         return means
 
-    def log_evaluation(self, stage: str) -> None:
-        """Log the means over all batches of an evaluation."""
-        for name, value in self.eval_means.compute().items():
+    def log_evaluation(self) -> None:
+        """Log the means over all batches of a validation or test."""
+        stage = "test" if self.trainer.testing else "val"
+        for name, value in self.eval_means.compute(self.device).items():
             self.log(f"{stage}/{name}", value, prog_bar=True, batch_size=1)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log what the validation found."""
-        self.log_evaluation("val")
+    on_validation_epoch_end = on_test_epoch_end = log_evaluation
 
-    def on_test_epoch_end(self) -> None:
-        """Log what the test found."""
-        self.log_evaluation("test")
+
+def check_names(cls: type, arguments: Iterable[str]) -> None:
+    """Refuse an unknown argument of a constructor with the nearest known one.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    known = list(inspect.signature(cls.__init__).parameters)[1:]  # type: ignore[misc]
+    for name in arguments:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
+            raise TypeError(f"{cls.__name__} has no argument {name}; {hint}")
+
+
+def check_arguments(
+    warmup_fraction: float, micro_batch_size: int | None, micro_batch_tokens: int | None, max_grad_norm: float | None
+) -> None:
+    """Refuse arguments that are out of their range.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if not 0 <= warmup_fraction < 1:
+        raise ValueError(f"warmup_fraction is a fraction of all steps, from 0 to below 1, got {warmup_fraction}")
+    for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1, got {limit}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive, or null for no clipping, got {max_grad_norm}")

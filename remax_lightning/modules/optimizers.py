@@ -1,13 +1,18 @@
-"""The optimizers that the modules use unless told otherwise: AdamW, in torch's fused kernel where it can be.
+"""Optimizers and learning-rate schedules; the default is AdamW, in torch's fused kernel where it can be.
 
 The defaults are functions with a name, not lambdas, so that a printed or saved configuration can be read again.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
+from lightning.pytorch import Trainer
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -39,6 +44,39 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if p.dim() > 1]},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+
+
+def configured_schedule(
+    optimizer: Optimizer,
+    lr_schedule: LearningRateSchedule,
+    warmup_fraction: float,
+    trainer: Trainer,
+    updates_per_batch: int,
+) -> LRScheduler:
+    """The course of the learning rate over all steps of a fit.
+
+    Args:
+        optimizer: The optimizer.
+        lr_schedule: From the peak to the last step.
+        warmup_fraction: Fraction of all steps over which the rate rises from zero to its peak.
+        trainer: Knows the number of steps.
+        updates_per_batch: Optimizer steps on each batch.
+
+    Raises:
+        ValueError: If the number of steps is needed and not known.
+    """
+    if lr_schedule == "constant" and warmup_fraction == 0:
+        return get_scheduler("constant", optimizer)
+    steps = trainer.estimated_stepping_batches
+    if trainer.max_steps == -1:  # batches; otherwise optimizer steps
+        steps *= updates_per_batch
+    if steps == float("inf") or steps < 0:
+        raise ValueError(
+            f"lr_schedule={lr_schedule} with warmup_fraction={warmup_fraction} needs to know the number of steps; set "
+            "trainer.max_steps or trainer.max_epochs"
+        )
+    name = "constant_with_warmup" if lr_schedule == "constant" else lr_schedule
+    return get_scheduler(name, optimizer, int(warmup_fraction * int(steps)), int(steps))
 
 
 def policy_gradient_adamw(params: Parameters) -> AdamW:

@@ -5,7 +5,7 @@ from typing import Any
 
 from remax_lightning.functional.advantages import leave_one_out_baselines
 from remax_lightning.modules.baseline import BaselineModule
-from remax_lightning.rollout import Rollout, Sampling
+from remax_lightning.rollout import Rollout
 
 
 class RLOO(BaselineModule):
@@ -13,21 +13,14 @@ class RLOO(BaselineModule):
 
     Args:
         sampling: How responses are drawn; ``num_samples`` has to be at least 2.
-        **kwargs: As in BaselineModule.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, sampling: Sampling, **kwargs: Any) -> None:
-        super().__init__(sampling=sampling, **kwargs)
-        if sampling.num_samples < 2:
-            raise ValueError(
-                f"num_samples must be at least 2 for a leave-one-out baseline, got {sampling.num_samples}; set "
-                "model.sampling.num_samples"
-            )
+    min_samples = 2
 
     def collect(self, batch: dict[str, Any]) -> Rollout:
         """Sample y several times and score each."""
-        rollout = self.sample(batch)
+        rollout = super().collect(batch)
         return replace(rollout, baselines=leave_one_out_baselines(rollout.rewards, self.sampling.num_samples))

@@ -89,8 +89,8 @@ class ModelSpec:
         return model.train() if self.is_trained else model.requires_grad_(False).eval()
 
 
-def _is_folder(path: str | None) -> bool:
-    return path is not None and Path(path).expanduser().is_dir()
+def _is_folder(path: object) -> bool:
+    return isinstance(path, str) and Path(path).expanduser().is_dir()
 
 
 def import_class(class_path: str) -> Any:

@@ -13,14 +13,22 @@ from remax_lightning.models.tokenizer import Prompt
 class Reward(ABC):
     """Scores responses to prompts."""
 
+    def check(self) -> None:  # noqa: B027 (most rewards have nothing to check)
+        """Refuse what cannot work, before a model is loaded; called where responses are going to be scored.
+
+        Raises:
+            ValueError: If an argument is wrong.
+            OSError: If a file is not there.
+        """
+
     def setup(  # noqa: B027 (a reward without a model loads nothing)
         self, device: torch.device, sharding: Sharding | None = None
     ) -> None:
-        """Load what is needed; called once before the first score.
+        """Load what is needed; called once, before the first score.
 
         Args:
             device: Where the policy computes.
-            sharding: How models are split over processes; None where each process has its own.
+            sharding: How models are sharded over ranks; None where each rank has full models.
         """
 
     @abstractmethod
@@ -28,10 +36,10 @@ class Reward(ABC):
         """Score each response.
 
         Args:
-            prompts: B prompts, text or chat messages, as they stand in the data.
+            prompts: B prompts, text or chat messages, as the data has them.
             responses: B responses without special tokens.
             **columns: The data's other columns, B values each, such as ``answer``.
 
         Returns:
-            Rewards, (B,), float32; not-a-number where a response could not be scored: its row is dropped and counted.
+            Rewards, (B,), float32; NaN where a response could not be scored: its row is dropped and counted.
         """

@@ -1,9 +1,14 @@
 """A Python function as a reward."""
 
 import importlib
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,58 +17,167 @@ from remax_lightning.models.tokenizer import Prompt
 from remax_lightning.rewards.base import Reward
 
 
+class RewardFunction(Protocol):
+    """A function that scores responses; it names the columns of the data that it needs, or takes ``**columns``."""
+
+    def __call__(self, *, prompts: Any, responses: Any, **columns: Any) -> Any:
+        """A number for each response, None where there is none."""
+
+
+RewardLike: TypeAlias = Reward | RewardFunction
+"""How a reward is given: a reward, or a function."""
+
+
+@dataclass
 class FunctionReward(Reward):
-    """Reward by a function of your own: ``function(prompts, responses, **columns) -> list of numbers``.
+    """Reward by a function: ``function(prompts, responses, **columns) -> list of numbers``.
 
     It gets the prompts, the responses and the data's other columns (such as ``answer``) as lists of equal length, by
     name; a function without ``**columns`` gets only those that it names.
 
     Args:
-        function: Import path, such as ``my_rewards.exact_match``. Modules in the working directory are found.
+        function: Import path such as ``my_rewards.exact_match`` (modules in the working directory are found), or
+            ``path/to/file.py:exact_match``; from Python, the function itself.
+
+    Example:
+        >>> reward = FunctionReward(lambda prompts, responses: [len(response) for response in responses])
+        >>> reward(["Hi"], ["Hello"])
+        tensor([5.])
     """
 
-    def __init__(self, function: str) -> None:
-        self.name = function
-        self.function = _resolve(function)
-        parameters = inspect.signature(self.function).parameters
-        self.takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self.parameters = set(parameters)
-        if not {"prompts", "responses"} <= self.parameters:
-            raise ValueError(
-                f"a reward function needs the parameters prompts and responses, got {function}"
-                f"{inspect.signature(self.function)}"
-            )
+    function: str | RewardFunction
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> Tensor:
-        """Score each response; what is no number, None for one, becomes not-a-number.
+    @property
+    def name(self) -> str:
+        """The function, for messages."""
+        return self.function if isinstance(self.function, str) else getattr(self.function, "__name__", "the function")
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """The parameters of the function.
 
         Raises:
-            ValueError: If the function returns another number of rewards than it got responses.
+            ValueError: If prompts and responses are not among them.
         """
-        wanted = columns if self.takes_all else {k: v for k, v in columns.items() if k in self.parameters}
-        rewards = self.function(prompts=prompts, responses=responses, **wanted)
-        if len(rewards) != len(responses):
-            raise ValueError(f"{self.name} must return one reward a response: {len(responses)}, got {len(rewards)}")
-        return torch.tensor([_number(reward) for reward in rewards])
+        function = self.callable
+        try:
+            signature = inspect.signature(function)
+        except ValueError as error:
+            raise ValueError(f"{self.name} is no Python function with the parameters prompts and responses") from error
+        if not self.takes_all(signature) and not {"prompts", "responses"} <= set(signature.parameters):
+            raise ValueError(
+                f"a reward function needs the parameters prompts and responses, got {self.name}{signature}"
+            )
+        return signature
+
+    @staticmethod
+    def takes_all(signature: inspect.Signature) -> bool:
+        """Whether the function takes any column by name."""
+        return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values())
+
+    @cached_property
+    def callable(self) -> Callable[..., Any]:
+        """The function itself."""
+        return resolve(self.function) if isinstance(self.function, str) else self.function
+
+    def check(self) -> None:
+        """Refuse a function that cannot be imported or lacks a parameter.
+
+        Raises:
+            ValueError: If it is.
+        """
+        assert self.signature is not None
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> Tensor:
+        """Score each response; None, and whatever else is no number, becomes NaN.
+
+        Raises:
+            ValueError: If a column that the function needs is missing, or it returns something other than a number for
+                each response.
+        """
+        parameters, known = self.signature.parameters, ("prompts", "responses", *columns)
+        if not self.takes_all(self.signature):
+            columns = {name: column for name, column in columns.items() if name in parameters}
+        needed = {
+            name
+            for name, each in parameters.items()
+            if each.default is each.empty and each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)
+        }
+        if missing := sorted(needed - {*known}):
+            raise ValueError(
+                f"{self.name} needs the columns {', '.join(missing)}, which the data does not have; it has "
+                f"{', '.join(known)}"
+            )
+        rewards = self.callable(prompts=prompts, responses=responses, **columns)
+        return numbers(rewards, len(responses), self.name)
 
 
-def _number(reward: object) -> float:
+def as_reward(reward: RewardLike) -> Reward:
+    """A reward as it is, or that of a function.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if not callable(reward):
+        raise TypeError(
+            f"a reward is a Reward or a function of prompts and responses, got {type(reward).__name__}; a function is "
+            "named by FunctionReward('my_rewards.exact_match')"
+        )
+    return FunctionReward(reward)
+
+
+def numbers(rewards: Any, count: int, name: str) -> Tensor:
+    """What a reward function returned, as float32, (B,).
+
+    Raises:
+        ValueError: If it is not one number, or None, for each response.
+    """
     try:
-        return float(reward)  # type: ignore[arg-type]
+        values = list(rewards)
+    except TypeError as error:
+        raise ValueError(f"{name} must return a list of {count} numbers, got {type(rewards).__name__}") from error
+    if len(values) != count:
+        raise ValueError(f"{name} must return one reward a response: {count}, got {len(values)}")
+    if values and all(isinstance(value, dict | list | tuple) for value in values):
+        raise ValueError(f"{name} must return a number for each response, got a {type(values[0]).__name__}")
+    return torch.tensor([number(value) for value in values])
+
+
+def number(value: object) -> float:
+    """A value as a number, NaN if it is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return math.nan
 
 
-def _resolve(path: str) -> Callable[..., Sequence[float | None]]:
-    module_name, _, name = path.rpartition(".")
+def resolve(path: str) -> Callable[..., Any]:
+    """The function of an import path, or of ``file.py:name``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    file, is_file, name = path.rpartition(":")
+    if not is_file:
+        file, _, name = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module_name), name) if module_name else None
-    except (ModuleNotFoundError, AttributeError) as error:
+        if is_file:
+            spec = importlib.util.spec_from_file_location(Path(file).stem, Path(file).expanduser())
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{file} is no Python file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(file) if file else None  # type: ignore[assignment]
+        function = getattr(module, name, None)
+    except (ImportError, OSError) as error:
         raise ValueError(f"the reward function {path} cannot be imported: {error}") from error
+    if module is not None and function is None:
+        raise ValueError(f"the reward function {path} cannot be imported: {file} has no {name}")
     if not callable(function):
-        raise ValueError(f"a reward function is named by its import path, such as my_rewards.exact_match, got {path}")
-    try:
-        inspect.signature(function)
-    except ValueError as error:
-        raise ValueError(f"{path} is no Python function with the parameters prompts and responses") from error
+        raise ValueError(
+            f"a reward function is given as my_rewards.exact_match or path/to/file.py:exact_match, got {path}"
+        )
     return function

@@ -1,6 +1,7 @@
 """A trained reward model as a reward."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -17,6 +18,7 @@ from remax_lightning.models.tokenizer import Prompt, encode_prompt, encode_respo
 from remax_lightning.rewards.base import Reward
 
 
+@dataclass
 class ModelReward(Reward):
     """Reward by a Hugging Face sequence-classification model, through its own tokenizer and template.
 
@@ -41,40 +43,50 @@ class ModelReward(Reward):
         tiny: Random weights of the same architecture at a toy size, as in ModelSource.
     """
 
-    def __init__(
-        self,
-        path: str,
-        chat_template: str | None = None,
-        as_chat: bool = False,
-        batch_size: int = 32,
-        max_length: int | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        label: int | None = None,
-        ends_with_eos: bool = True,
-        tokenizer: str | None = None,
-        architecture: str | None = None,
-        tiny: bool = False,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
-        self.source = ModelSource(
-            path=path if tiny or architecture else existing(path),  # a recipe's is made by the stage before
-            architecture=architecture,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            dtype=dtype,
-            tiny=tiny,
+    path: str
+    chat_template: str | None = None
+    as_chat: bool = False
+    batch_size: int = 32
+    max_length: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    label: int | None = None
+    ends_with_eos: bool = True
+    tokenizer: str | None = None
+    architecture: str | None = None
+    tiny: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}")
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model comes from."""
+        return ModelSource(
+            path=self.path,
+            architecture=self.architecture,
+            tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
+            dtype=self.dtype,
+            tiny=self.tiny,
         )
-        self.label, self.ends_with_eos = label, ends_with_eos
-        self.as_chat, self.batch_size, self.max_length = as_chat, batch_size, max_length
+
+    def check(self) -> None:
+        """Refuse a folder that is not there.
+
+        Raises:
+            FileNotFoundError: If it is not.
+        """
+        if not self.tiny and self.architecture is None:  # of a recipe to be tried, only the configuration is needed
+            existing(self.path)
 
     def setup(self, device: torch.device, sharding: Sharding | None = None) -> None:
         """Load the model and its tokenizer."""
-        self.tokenizer = self.source.load_tokenizer()
-        if self.tokenizer.eos_token is None:
-            self.tokenizer.eos_token = self.tokenizer.sep_token
+        self.loaded_tokenizer = self.source.load_tokenizer()
+        if self.loaded_tokenizer.eos_token is None:
+            self.loaded_tokenizer.eos_token = self.loaded_tokenizer.sep_token
         load, self.device = partial(load_reward_model, trained=True, label=self.label), device
         if sharding is None:
             self.model = freeze(load(self.source)).to(device)  # type: ignore[arg-type]
@@ -94,7 +106,7 @@ class ModelReward(Reward):
             order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
             for start in range(0, len(rows), self.batch_size):
                 index = order[start : start + self.batch_size]
-                ids, mask = right_pad([rows[row] for row in index], self.tokenizer.pad_token_id)
+                ids, mask = right_pad([rows[row] for row in index], self.loaded_tokenizer.pad_token_id)
                 ids, mask = ids.to(self.device), mask.to(self.device)
                 rewards[index] = sequence_scores(self.model, ids, mask, label=self.label or 0)
         return rewards
@@ -103,7 +115,7 @@ class ModelReward(Reward):
         """Tokens of a conversation as the model sees it."""
         if self.as_chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        ids = encode_prompt(self.tokenizer, prompt) + encode_response(self.tokenizer, prompt, response)
-        if not self.ends_with_eos and ids[-1] == self.tokenizer.eos_token_id:
+        ids = encode_prompt(self.loaded_tokenizer, prompt) + encode_response(self.loaded_tokenizer, prompt, response)
+        if not self.ends_with_eos and ids[-1] == self.loaded_tokenizer.eos_token_id:
             ids = ids[:-1]
         return ids if self.limit is None else ids[-self.limit :]

@@ -1,7 +1,7 @@
 """The embedded engine: one prefill for each prompt, sampled and greedy rows decoded together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from remax_lightning.rollout.engine import RolloutEngine
 from remax_lightning.rollout.kv_cache import compaction
 from remax_lightning.rollout.next_logits import Caches, CompiledNextLogits, NextLogits
 from remax_lightning.rollout.sampling import sample_tokens
-from remax_lightning.rollout.types import Rollout, Sampling
+from remax_lightning.rollout.types import Responses, Samples, Sampling
 
 
 @dataclass
@@ -31,6 +31,7 @@ class _Rows:
     stopped: Tensor  # ended by a stop token, (R,) bool
 
 
+@dataclass
 class TransformersEngine(RolloutEngine):
     """Decodes with the policy itself, through any causal language model of transformers with attention layers.
 
@@ -43,39 +44,65 @@ class TransformersEngine(RolloutEngine):
             C++ compiler.
     """
 
-    def __init__(self, compile: bool = False) -> None:
-        self.compile = compile
-        self.caches: Caches = {}
+    compile: bool = False
+    caches: Caches = field(default_factory=dict, init=False, repr=False)
 
-    @torch.no_grad()
-    def generate(
+    def check(self, *, is_sharded: bool) -> None:
+        """See :meth:`RolloutEngine.check`."""
+        if is_sharded and self.compile:
+            raise ValueError("engine.compile does not work under fsdp2, whose weights move; set it to false")
+
+    def sample(
         self,
         policy: PreTrainedModel,
         batch: dict[str, Tensor],
         sampling: Sampling,
         *,
         stop_token_ids: Sequence[int],
-        greedy: bool = True,
+        seed: int = 0,
+        step: int = 0,
+    ) -> Samples:
+        """See :meth:`RolloutEngine.sample`."""
+        rows = _start(batch["prompt_index"], sampling, None, seed, step)
+        prompts = self._decode(policy, batch, rows, sampling, stop_token_ids)
+        return _samples(rows, *prompts)
+
+    def sample_and_greedy(
+        self,
+        policy: PreTrainedModel,
+        batch: dict[str, Tensor],
+        sampling: Sampling,
+        *,
+        stop_token_ids: Sequence[int],
         greedy_max_new_tokens: int | None = None,
         seed: int = 0,
         step: int = 0,
-    ) -> tuple[Rollout, Rollout | None]:
-        """See :meth:`RolloutEngine.generate`."""
+    ) -> tuple[Samples, Responses]:
+        """See :meth:`RolloutEngine.sample_and_greedy`."""
+        greedy_limit = greedy_max_new_tokens or sampling.max_new_tokens
+        rows = _start(batch["prompt_index"], sampling, greedy_limit, seed, step)
+        prompts = self._decode(policy, batch, rows, sampling, stop_token_ids)
+        return _samples(rows, *prompts), Responses(**_responses(rows, rows.greedy, *prompts))
+
+    @torch.no_grad()
+    def _decode(
+        self,
+        policy: PreTrainedModel,
+        batch: dict[str, Tensor],
+        rows: _Rows,
+        sampling: Sampling,
+        stop_token_ids: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """Fill in the rows; the prompts without the columns that are padding in all of them, and their mask."""
         mask = batch["prompt_mask"].bool()
-        limits = (sampling.max_new_tokens, greedy_max_new_tokens or sampling.max_new_tokens)
-        _check(policy, mask, max(limits) if greedy else limits[0])
-        # columns that are padding in every row cost time and change nothing
+        _check(policy, mask, rows.tokens.shape[1])
         width = int(mask.sum(dim=1).max())
         prompt_ids, mask = batch["prompt_ids"][:, -width:], mask[:, -width:]
-        rows = _start(batch["prompt_index"], sampling, greedy, limits, seed, step)
         with evaluating(policy):
             inputs = (policy, prompt_ids, mask, *rows.tokens.shape)
             next_logits = CompiledNextLogits(self.caches, *inputs) if self.compile else NextLogits(*inputs)
             _decode(next_logits, rows, sampling, stop_token_ids)
-        # autocast may keep weights that it cast without gradient; training must not find them
-        torch.clear_autocast_cache()
-        sampled = _rollout(rows, ~rows.greedy, prompt_ids, mask)
-        return sampled, _rollout(rows, rows.greedy, prompt_ids, mask) if greedy else None
+        return prompt_ids, mask
 
 
 def _check(policy: PreTrainedModel, mask: Tensor, max_new_tokens: int) -> None:
@@ -92,18 +119,17 @@ def _check(policy: PreTrainedModel, mask: Tensor, max_new_tokens: int) -> None:
         )
 
 
-def _start(
-    prompt_index: Tensor, sampling: Sampling, greedy: bool, limits: tuple[int, int], seed: int, step: int
-) -> _Rows:
+def _start(prompt_index: Tensor, sampling: Sampling, greedy_limit: int | None, seed: int, step: int) -> _Rows:
+    """Rows before their first token: ``num_samples`` for each prompt, then a greedy one unless its limit is None."""
     num_prompts, device = len(prompt_index), prompt_index.device
     prompt = torch.arange(num_prompts, device=device)
     sample = torch.arange(sampling.num_samples, device=device).repeat(num_prompts)
-    prompts = [prompt.repeat_interleave(sampling.num_samples)] + [prompt] * greedy
-    prompt = torch.cat(prompts)
+    prompts = [prompt.repeat_interleave(sampling.num_samples)] + [prompt] * (greedy_limit is not None)
+    prompt = torch.cat(prompts)  # (R,)
     sample = torch.cat([sample, sample.new_zeros(len(prompt) - len(sample))])
     is_greedy = torch.arange(len(prompt), device=device) >= num_prompts * sampling.num_samples
-    limit = torch.where(is_greedy, limits[1], limits[0])
-    shape = (len(prompt), int(limit.max()))
+    limit = torch.where(is_greedy, greedy_limit or 0, sampling.max_new_tokens)
+    shape = (len(prompt), max(sampling.max_new_tokens, greedy_limit or 0))
     return _Rows(
         prompt=prompt,
         greedy=is_greedy,
@@ -146,17 +172,22 @@ def _decode(next_logits: NextLogits, rows: _Rows, sampling: Sampling, stop_token
         logits = next_logits.of_tokens(tokens)
 
 
-def _rollout(rows: _Rows, chosen: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
-    """The chosen rows as a rollout, cut to its longest response."""
+def _responses(rows: _Rows, chosen: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> dict[str, Tensor]:
+    """The fields of the chosen rows' responses, cut to the longest of them."""
     lengths, prompt = rows.lengths[chosen], rows.prompt[chosen]
     longest = int(lengths.max())
     mask = length_mask(lengths, longest)
-    is_greedy = bool(rows.greedy[chosen].all())
-    return Rollout(
-        prompt_ids=prompt_ids[prompt],
-        prompt_mask=prompt_mask[prompt],
-        response_ids=rows.tokens[chosen, :longest].masked_fill(~mask, 0),
-        response_mask=mask,
-        truncated=~rows.stopped[chosen],
-        **({} if is_greedy else {"log_probs": rows.log_probs[chosen, :longest]}),
-    )
+    return {
+        "prompt_ids": prompt_ids[prompt],
+        "prompt_mask": prompt_mask[prompt],
+        "response_ids": rows.tokens[chosen, :longest].masked_fill(~mask, 0),
+        "response_mask": mask,
+        "truncated": ~rows.stopped[chosen],
+    }
+
+
+def _samples(rows: _Rows, prompt_ids: Tensor, prompt_mask: Tensor) -> Samples:
+    """The sampled rows."""
+    fields = _responses(rows, ~rows.greedy, prompt_ids, prompt_mask)
+    longest = fields["response_mask"].shape[1]
+    return Samples(**fields, log_probs=rows.log_probs[~rows.greedy, :longest])

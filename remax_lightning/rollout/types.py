@@ -1,11 +1,14 @@
-"""What a rollout needs and what it gives."""
+"""What a rollout needs and what it returns."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from remax_lightning.functional.sequence import align_left
+
+ResponsesType = TypeVar("ResponsesType", bound="Responses")
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,10 @@ class Sampling:
 
     Args:
         max_new_tokens: Longest response, in tokens, the stop token included.
-        temperature: Divisor of the logits, in sampling and in every log-prob alike.
+        temperature: Divisor of the logits, in sampling and in every log-prob.
         top_p: Draw from the most probable tokens that together reach this probability; 1 draws from all. Below 1 the
             responses no longer come from the distribution whose gradient is taken, so the gradient is biased.
-        top_k: Draw from this many most probable tokens; 0 draws from all. Above 0 the gradient is biased likewise.
+        top_k: Draw from this many most probable tokens; 0 draws from all. Above 0 the gradient is biased, too.
         num_samples: Responses drawn for each prompt.
 
     Raises:
@@ -35,7 +38,8 @@ class Sampling:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature must be positive, got {self.temperature}; the greedy response is always there"
+                f"temperature must be > 0, got {self.temperature}; the greedy response is generated separately, no "
+                "temperature is needed for it"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
@@ -44,10 +48,15 @@ class Sampling:
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens are never drawn, so that the gradient is biased."""
+        return self.top_p < 1 or self.top_k > 0
+
 
 @dataclass(frozen=True)
-class Rollout:
-    """Responses of a policy to a batch of prompts, and what is known of them.
+class Responses:
+    """Responses of a policy to a batch of prompts; a prompt's responses are adjacent.
 
     Args:
         prompt_ids: Left-padded prompts, (B, P).
@@ -55,12 +64,6 @@ class Rollout:
         response_ids: Right-padded responses, (B, T).
         response_mask: True where the policy chose the token, the stop token included, nothing after it, (B, T).
         truncated: True where the response reached its longest length without a stop token, (B,).
-        log_probs: The sampler's log-probs of the response tokens, nats, (B, T).
-        ref_log_probs: The reference policy's, nats, (B, T); None without a reference.
-        rewards: Reward of each response, (B,).
-        baselines: Baseline of each response, (B,).
-        values: Expected return before each response token, (B, T); for a method with a value model.
-        returns: What the values should have been, (B, T); likewise.
     """
 
     prompt_ids: Tensor
@@ -68,12 +71,6 @@ class Rollout:
     response_ids: Tensor
     response_mask: Tensor
     truncated: Tensor
-    log_probs: Tensor = field(default=None)  # type: ignore[assignment] # the greedy rows have none
-    ref_log_probs: Tensor | None = None
-    rewards: Tensor = field(default=None)  # type: ignore[assignment] # set by who scores
-    baselines: Tensor = field(default=None)  # type: ignore[assignment] # likewise
-    values: Tensor = field(default=None)  # type: ignore[assignment] # set by a method with a value model
-    returns: Tensor = field(default=None)  # type: ignore[assignment] # likewise
 
     @property
     def lengths(self) -> Tensor:
@@ -93,14 +90,14 @@ class Rollout:
         return align_left(ids, mask), align_left(is_response, mask)
 
     def at_tokens(self, values: Tensor) -> Tensor:
-        """Values of all response tokens, row by row, in their places, (B, T); 0 elsewhere."""
+        """Values of all N response tokens, row by row, (N,), at their positions, (B, T); 0 elsewhere."""
         return values.new_zeros(self.response_mask.shape).masked_scatter(self.response_mask, values)
 
-    def rows(self, index: Tensor) -> "Rollout":
+    def rows(self: ResponsesType, index: Tensor) -> ResponsesType:
         """The rows of an index, without the columns that are padding in all of them."""
         prompt_length = max(int(self.prompt_mask[index].sum(dim=1).max()), 1)
         response_length = max(int(self.lengths[index].max()), 1)
-        values = {}
+        values: dict[str, Any] = {}
         for name in (each.name for each in fields(self)):
             value = getattr(self, name)
             if value is not None:
@@ -110,4 +107,34 @@ class Rollout:
                 elif value.dim() == 2:
                     value = value[:, :response_length]
             values[name] = value
-        return Rollout(**values)
+        return type(self)(**values)
+
+
+@dataclass(frozen=True)
+class Samples(Responses):
+    """Responses that were drawn at random.
+
+    Args:
+        log_probs: The sampler's log-probs of the response tokens, nats, (B, T).
+    """
+
+    log_probs: Tensor
+
+    def scored(self, rewards: Tensor, baselines: Tensor, ref_log_probs: Tensor | None) -> "Rollout":
+        """The samples with what a policy learns from."""
+        return Rollout(**vars(self), rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
+
+
+@dataclass(frozen=True)
+class Rollout(Samples):
+    """Sampled responses with what a policy learns from.
+
+    Args:
+        rewards: Reward of each response, (B,); NaN where there is none.
+        baselines: Baseline of each response, (B,).
+        ref_log_probs: Log-probs of the response tokens under the reference, nats, (B, T); None without a reference.
+    """
+
+    rewards: Tensor
+    baselines: Tensor
+    ref_log_probs: Tensor | None

@@ -12,18 +12,9 @@ from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import ReMax
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
 def fit(policy: str, root: Path, steps: int, callback: Callback, ckpt_path: str | None = None, **options: Any) -> ReMax:
     """Train in a run's folder, with checkpoints where Lightning keeps them on."""
-    module = tiny.remax(policy, optimizer=adam)
+    module = tiny.remax(policy, optimizer=tiny.adam())
     root.mkdir(exist_ok=True)
     data = tiny.prompt_data(root, batch_size=2)
     data.sources["validation"] = data.sources["train"]
@@ -99,14 +90,14 @@ def test_a_resumed_run_is_the_whole_run(policy: str, tmp_path: Path) -> None:
 def test_the_reference_of_a_resumed_run_is_the_first_policy(policy: str, tmp_path: Path) -> None:
     data = tiny.prompt_data(tmp_path)
     checkpoint = Checkpoint(dirpath=str(tmp_path / "checkpoints"))
-    module = tiny.remax(policy, kl_coef=0.1, optimizer=adam)
+    module = tiny.remax(policy, kl_coef=0.1, optimizer=tiny.adam())
     tiny.trainer(tmp_path, 2, [checkpoint], enable_checkpointing=True).fit(module, datamodule=data)
-    resumed = tiny.remax(policy, kl_coef=0.1, optimizer=adam)
+    resumed = tiny.remax(policy, kl_coef=0.1, optimizer=tiny.adam())
     path = str(tmp_path / "checkpoints" / "step=2.ckpt")
     tiny.trainer(tmp_path, 3).fit(resumed, datamodule=data, ckpt_path=path)
     assert resumed.reference is not None
     first = AutoModelForCausalLM.from_pretrained(policy)
-    assert tiny.are_equal(tiny.weights(resumed.reference), tiny.weights(first))
+    assert tiny.are_equal(tiny.weights(resumed.reference.model), tiny.weights(first))
 
 
 def test_which_checkpoints_are_kept(policy: str, tmp_path: Path) -> None:
@@ -127,21 +118,24 @@ def test_which_checkpoints_are_kept(policy: str, tmp_path: Path) -> None:
 
 def test_monitor_and_mode_choose_the_best(policy: str, tmp_path: Path) -> None:
     validate = {"val_check_interval": 1, "check_val_every_n_epoch": None}
-    for mode, best in (("max", max), ("min", min)):
+    for monitor, mode, best in (("val/reward", "max", max), ("val/reward", "min", min), (None, "min", max)):
         scores: dict[str, float] = {}
 
         class Scores(Callback):
             def on_validation_end(self, trainer: Any, *args: object, scores: dict[str, float] = scores) -> None:
                 scores[f"step={trainer.global_step}.ckpt"] = float(trainer.callback_metrics["val/reward"])
 
-        checkpoint = Checkpoint(dirpath=str(tmp_path / mode), monitor="val/reward", mode=mode, keep_last=1)
-        module = tiny.remax(policy, optimizer=adam)
+        checkpoint = Checkpoint(dirpath=str(tmp_path / f"{monitor}{mode}"), monitor=monitor, mode=mode, keep_last=1)
+        module = tiny.remax(policy, optimizer=tiny.adam())
         data = tiny.prompt_data(tmp_path, batch_size=2)
         data.sources["validation"] = data.sources["train"]
         trainer = tiny.trainer(tmp_path, 5, [Scores(), checkpoint], enable_checkpointing=True, **validate)
         trainer.fit(module, datamodule=data)
         assert len(set(scores.values())) == 5
-        assert set(steps_of(tmp_path / mode)) == {best(scores, key=lambda name: scores[name]), "step=5.ckpt"}
+        assert set(steps_of(tmp_path / f"{monitor}{mode}")) == {
+            best(scores, key=lambda name: scores[name]),
+            "step=5.ckpt",
+        }
         assert Path(checkpoint.best_model_path).name == best(scores, key=lambda name: scores[name])
 
 

@@ -1,9 +1,12 @@
 """Checkpoint files: whole or not there, the newest complete one, and what may not change between save and resume."""
 
+import contextlib
 import errno
 import json
+import math
 import os
 import pickle
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -13,21 +16,21 @@ import pytest
 import tiny
 import torch
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from remax_lightning import cli
 from remax_lightning.callbacks import Checkpoint
-from remax_lightning.callbacks.safe_checkpoint_io import (
-    SafeCheckpointIO,
+from remax_lightning.callbacks.find_checkpoint import find_checkpoint, newest_complete, verified
+from remax_lightning.callbacks.manifest import (
     UnusableCheckpoint,
-    add_score,
-    check_complete,
+    add_scores,
     manifest_path,
     manifests,
-    newest_complete,
-    read_checkpoint,
     read_manifest,
     unused_path,
 )
+from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO, SaveOptions, read_checkpoint
 
 
 def content(step: int) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     manifest = read_manifest(path)
     assert manifest is not None
     assert (manifest.size, manifest.step) == (path.stat().st_size, 3)
-    check_complete(path)
+    verified(path)
     assert {each.name for each in path.parent.iterdir()} == {"step=3.ckpt", "step=3.ckpt.json"}
 
 
@@ -84,7 +87,7 @@ def test_a_damaged_newest_is_skipped(damage: Any, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"step=9.ckpt is skipped: it"):
         assert newest_complete(tmp_path) == older
     with pytest.raises(UnusableCheckpoint, match=r"step=9.ckpt is corrupt: it"):
-        check_complete(newer)
+        verified(newer)
     damage(older)
     with pytest.raises(UnusableCheckpoint, match=r"no complete checkpoint \(step=10.ckpt: its? .*; step=9.ckpt: its? "):
         newest_complete(tmp_path)
@@ -95,7 +98,7 @@ def test_without_a_manifest_a_file_counts_only_by_name(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 1, 2)
     forget(newer)
     assert newest_complete(tmp_path) == older
-    check_complete(newer)
+    verified(newer)
     forget(older)
     with pytest.raises(UnusableCheckpoint, match=r"step=1.ckpt: no manifest; step=2.ckpt: no manifest"):
         newest_complete(tmp_path)
@@ -108,7 +111,7 @@ def test_a_manifest_without_a_file_is_nothing(tmp_path: Path) -> None:
     path.unlink()
     assert newest_complete(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="there is no checkpoint "):
-        check_complete(path)
+        verified(path)
 
 
 @pytest.mark.parametrize("kind", ["text", "truncated", "object"])
@@ -121,7 +124,7 @@ def test_what_is_not_a_checkpoint_is_refused(kind: str, tmp_path: Path) -> None:
     else:
         (saved,) = save(tmp_path, 1)
         path.write_bytes(saved.read_bytes()[:5000])
-    reasons = {"object": r"holds a torch.nn.\S*Linear, whose package"}
+    reasons = {"object": r"contains a torch.nn.\S*Linear, whose package"}
     reason = reasons.get(kind, "cannot be read as tensors and plain types")
     with pytest.raises(UnusableCheckpoint, match=f"some.ckpt {reason}"):
         SafeCheckpointIO().load_checkpoint(path, weights_only=False)
@@ -190,14 +193,91 @@ def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: p
     ]
 
 
+def test_a_clock_that_steps_back_does_not_change_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(1000, 0, -1))
+    monkeypatch.setattr(time, "time_ns", lambda: next(times))
+    first, second = save(tmp_path, 1, 2)
+    assert [path for path, _ in manifests(tmp_path)] == [second, first]
+    policy = tiny.save_model(tmp_path / "policy")
+    train(policy, tmp_path / "run", 4)
+    assert steps_in(tmp_path / "run") == {3, 4}
+    train(policy, tmp_path / "run", 6, "last")
+    assert steps_in(tmp_path / "run") == {4, 5, 6}  # with the one that it was resumed from
+
+
+def test_manifests_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They have a time and no number."""
+    paths = save(tmp_path, 1, 2, 3)
+    for path, saved_at in zip(paths[:2], (2**62, 2**61), strict=True):
+        old = json.loads(manifest_path(path).read_text())
+        del old["number"]
+        manifest_path(path).write_text(json.dumps({**old, "saved_at": saved_at}))
+    assert [path for path, _ in manifests(tmp_path)] == [paths[2], paths[0], paths[1]]
+    (newest,) = save(tmp_path, 0)
+    assert newest_complete(tmp_path) == newest
+    assert verified(paths[1]) == paths[1]
+
+
+def test_a_folder_of_checkpoints_means_its_newest_complete_one(tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 1, 2)
+    assert verified(tmp_path) == newer
+    truncate(newer)
+    with pytest.warns(UserWarning, match=r"step=2.ckpt is skipped"):
+        assert SafeCheckpointIO().load_checkpoint(tmp_path)["read_from"] == str(older)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint "):
+        verified(tmp_path.parent / "other")
+
+
+def scored(folder: Path, *scores: dict[str, float], run: str = "") -> list[Path]:
+    paths = [folder / f"step={number}{run}.ckpt" for number in range(len(scores))]
+    for path, each in zip(paths, scores, strict=True):
+        SafeCheckpointIO().save_checkpoint(content(1), path, SaveOptions(run=run, scores=each))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("name", "monitor", "mode", "best"),
+    [
+        ("val/reward", None, "max", 1),
+        ("val/accuracy", None, "min", 1),  # the mode is that of a monitor
+        ("val/loss", None, "max", 2),
+        ("val/kl", "val/kl", "max", 1),
+        ("val/kl", "val/kl", "min", 2),
+    ],
+)
+def test_the_best_is_found(name: str, monitor: str | None, mode: str, best: int, tmp_path: Path) -> None:
+    scored(tmp_path, {name: 1000.0}, {name: -1000.0}, run="another training")
+    values = [0.2, 0.3, 0.1, float("nan")]
+    paths = scored(tmp_path, *({name: value} for value in values), {})
+    for is_fit in (True, False):
+        assert find_checkpoint("best", tmp_path, monitor, mode, is_fit=is_fit) == str(paths[best])
+
+
+def test_the_first_main_metric_counts(tmp_path: Path) -> None:
+    paths = scored(tmp_path, {"val/loss": 1.0, "val/accuracy": 0.9}, {"val/loss": 0.5, "val/accuracy": 0.8})
+    assert find_checkpoint("best", tmp_path, is_fit=False) == str(paths[0])
+
+
+def test_without_a_score_there_is_no_best(tmp_path: Path) -> None:
+    for is_fit in (True, False):
+        with pytest.raises(FileNotFoundError, match=r"--ckpt_path best: there is no checkpoint in .*; run fit first"):
+            find_checkpoint("best", tmp_path, is_fit=is_fit)
+    scored(tmp_path, {"val/reward": 0.5}, run="another training")
+    scored(tmp_path, {})
+    with pytest.raises(ValueError, match=r"--ckpt_path best: no checkpoint in .* has a score .*data.validation"):
+        find_checkpoint("best", tmp_path, is_fit=False)
+    with pytest.raises(ValueError, match=r"has a score of val/kl; .* or give last"):
+        find_checkpoint("best", tmp_path, "val/kl", is_fit=False)
+
+
 def test_scores_are_kept_in_the_manifest(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 1, 2)
-    add_score(older, "val/reward", 0.5)
+    add_scores(older, {"val/reward": 0.5})
     assert [(path, manifest.scores) for path, manifest in manifests(tmp_path)] == [
         (newer, {}),
         (older, {"val/reward": 0.5}),
     ]
-    check_complete(older)
+    verified(older)
 
 
 def test_keep_last_is_checked(tmp_path: Path) -> None:
@@ -205,20 +285,82 @@ def test_keep_last_is_checked(tmp_path: Path) -> None:
         Checkpoint(dirpath=str(tmp_path), keep_last=0)
 
 
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
 def train(policy: str, folder: Path, steps: int, ckpt_path: str | None = None, **options: Any) -> Checkpoint:
     callback = Checkpoint(dirpath=str(folder), **{"every_n_train_steps": 1, **options})
     trainer = tiny.trainer(folder.parent, steps, [callback], enable_checkpointing=True)
     data = tiny.prompt_data(folder.parent, batch_size=2)
-    trainer.fit(tiny.remax(policy, optimizer=adam), datamodule=data, ckpt_path=ckpt_path)
+    trainer.fit(tiny.remax(policy, optimizer=tiny.adam()), datamodule=data, ckpt_path=ckpt_path)
     return callback
 
 
 def steps_in(folder: Path) -> set[int]:
     return {int(path.stem.partition("=")[2]) for path in folder.glob("*.ckpt")}
+
+
+def test_a_plugin_of_the_user_is_refused(tmp_path: Path) -> None:
+    policy = tiny.save_model(tmp_path / "policy")
+    saves = Checkpoint(dirpath=str(tmp_path / "run"))
+    trainer = tiny.trainer(tmp_path, 1, [saves], enable_checkpointing=True, plugins=[AsyncCheckpointIO()])
+    with pytest.raises(ValueError, match=r"the checkpoint plugin AsyncCheckpointIO cannot be used: .*checkpoint.async"):
+        trainer.fit(tiny.remax(policy), datamodule=tiny.prompt_data(tmp_path))
+
+
+def test_a_file_is_not_saved_in_the_background(tmp_path: Path) -> None:
+    policy = tiny.save_model(tmp_path / "policy")
+    with pytest.raises(ValueError, match=r"here \(SingleDeviceStrategy\) a checkpoint is one file"):
+        train(policy, tmp_path / "run", 1, async_save=True)
+
+
+def test_last_and_best_in_python(tmp_path: Path) -> None:
+    policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
+    data = tiny.prompt_data(tmp_path, batch_size=2)
+    data.sources["test"] = data.sources["validation"] = data.sources["train"]
+
+    def trainer(steps: int = 4) -> Any:
+        saves = Checkpoint(dirpath=str(folder), save_top_k=-1)
+        options: dict[str, Any] = {"val_check_interval": 1, "check_val_every_n_epoch": None}
+        return tiny.trainer(tmp_path, steps, [saves], enable_checkpointing=True, **options)
+
+    module = tiny.remax(policy, optimizer=tiny.adam())
+    with pytest.raises(FileNotFoundError, match=r"--ckpt_path last: there is no checkpoint in .*run; run fit first"):
+        trainer().test(module, datamodule=data, ckpt_path="last")
+    trainer().fit(module, datamodule=data, ckpt_path="last")
+    scores = {path: manifest.scores["val/reward"] for path, manifest in manifests(folder)}
+    assert len(set(scores.values())) == 4
+    best = max(scores, key=lambda path: scores[path])
+    again = trainer()
+    (result,) = again.test(tiny.remax(policy), datamodule=data, ckpt_path="best", verbose=False)
+    assert again.checkpoint_callback.store.resumed_from == str(best)
+    assert result["test/reward"] == pytest.approx(scores[best], abs=1e-5)
+
+
+@pytest.mark.parametrize("interval", [None, 1])
+def test_the_score_of_a_validation_is_recorded(interval: int | None, tmp_path: Path) -> None:
+    """Saved after it or before it, and after a resumption that starts with the validation."""
+    policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
+
+    class Stop(Callback):
+        def on_validation_start(self, trainer: Any, *args: object) -> None:
+            if trainer.global_step == 2:
+                raise KeyError
+
+    def fit(*callbacks: Callback) -> dict[str, float]:
+        saves = Checkpoint(dirpath=str(folder), every_n_train_steps=interval, keep_last=9)
+        options: dict[str, Any] = {"val_check_interval": 1, "check_val_every_n_epoch": None}
+        trainer = tiny.trainer(tmp_path, 3, [*callbacks, saves], enable_checkpointing=True, **options)
+        data = tiny.prompt_data(tmp_path, batch_size=2)
+        data.sources["validation"] = data.sources["train"]
+        with contextlib.suppress(KeyError):
+            trainer.fit(tiny.remax(policy, optimizer=tiny.adam()), datamodule=data, ckpt_path="last")
+        return {path.name: manifest.scores.get("val/reward", math.nan) for path, manifest in manifests(folder)}
+
+    first = fit(Stop())
+    assert set(first) == {"step=1.ckpt", "step=2.ckpt"}
+    assert math.isnan(first["step=2.ckpt"])
+    scores = fit()
+    assert set(scores) == {"step=1.ckpt", "step=2.ckpt", "step=3.ckpt"}
+    assert len(set(scores.values())) == 3
+    assert not any(map(math.isnan, scores.values()))
 
 
 def test_another_run_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
@@ -246,7 +388,7 @@ def test_a_full_disk_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     train(policy, folder, 2)
     module = "remax_lightning.callbacks.synced_file.open"
     monkeypatch.setattr(module, partial(FullDisk, room=10_000), raising=False)
-    monkeypatch.setattr("remax_lightning.callbacks.safe_checkpoint_io.fault", lambda *args: None)
+    monkeypatch.setattr("remax_lightning.callbacks.find_checkpoint.integrity_error", lambda *args: None)
     with (
         pytest.warns(UserWarning, match="the state after the last finished step could not be saved"),
         pytest.raises(OSError, match=r"step=3.ckpt could not be written"),
@@ -310,6 +452,44 @@ def test_last_falls_back(configured: Path) -> None:
     assert read_checkpoint(folder_of(configured) / "step=3.ckpt")["global_step"] == 3  # trained again, whole again
 
 
+def test_the_best_on_the_command_line(configured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = configured.parent / "prompts.jsonl"
+    validate = ["--trainer.val_check_interval", 1, "--trainer.check_val_every_n_epoch", "null"]
+    validate += ["--data.validation", prompts, "--checkpoint.save_top_k", -1]
+    with pytest.raises(ValueError, match=r"--ckpt_path best: no checkpoint in .* has a score"):
+        run(configured, "--ckpt_path", "best", subcommand="test")
+    run(configured, "--trainer.max_steps", 4, *validate)
+    entries = [entry for entry in manifests(folder_of(configured)) if entry[1].scores]
+    assert len(entries) == 4
+    best, manifest = max(entries, key=lambda entry: entry[1].scores["val/reward"])
+    read: list[str] = []
+    monkeypatch.setattr(
+        "remax_lightning.callbacks.safe_checkpoint_io.verified_on_rank_0", lambda path: read.append(path) or Path(path)
+    )
+    for subcommand in ("validate", "test", "predict"):
+        run(configured, "--ckpt_path", "best", "--data.validation", prompts, subcommand=subcommand)
+    run(configured, "--ckpt_path", "best", "--trainer.max_steps", manifest.step)
+    assert read == [str(best)] * 4
+    hf = configured.parent / "best_hf"
+    run(configured, "--ckpt_path", "best", "--output_dir", hf, subcommand="export")
+    record = json.loads((hf / "training.json").read_text())
+    assert (record["checkpoint"], record["step"], record["is_best"]) == (best.name, manifest.step, True)
+    assert (record["best_by"], record["scores"]["val/reward"]) == ("val/reward", manifest.scores["val/reward"])
+    assert record["is_last"] == (manifest.step == 4)
+
+
+def test_the_exported_step_is_recorded_and_printed(configured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"method": "ReMax", "step": 3, "checkpoint": "step=3.ckpt", "is_last": True}
+    unrated = {"is_best": None, "best_by": None, "scores": {}}
+    assert json.loads((configured.parent / "run" / "hf" / "training.json").read_text()) == {**record, **unrated}
+    for name, says in {"last": "step 3 (step=3.ckpt, the last)", "step=2.ckpt": "step 2 (step=2.ckpt)"}.items():
+        path = name if name == "last" else folder_of(configured) / name
+        hf = configured.parent / "hf"
+        run(configured, "--ckpt_path", path, "--output_dir", hf, subcommand="export")
+        assert f"exported {says} to {hf}" in capsys.readouterr().out
+        assert json.loads((hf / "training.json").read_text())["is_last"] == (name == "last")
+
+
 def test_nothing_complete_is_an_error(configured: Path) -> None:
     for path in folder_of(configured).glob("*.ckpt"):
         truncate(path)
@@ -330,12 +510,12 @@ def test_a_corrupt_file_is_refused(configured: Path) -> None:
 @pytest.mark.parametrize("address", ["http://host/a.ckpt", "https://host/a.ckpt", "s3://bucket/a", "registry:name"])
 def test_addresses_are_refused(address: str, tmp_path: Path) -> None:
     for is_fit in (True, False):
-        with pytest.raises(ValueError, match=f"--ckpt_path takes a local file or last, got {address}; copy it"):
-            cli.find_checkpoint(address, str(tmp_path), is_fit)
+        with pytest.raises(ValueError, match=f"--ckpt_path takes a local path, last or best, got {address}; copy it"):
+            find_checkpoint(address, tmp_path, is_fit=is_fit)
 
 
 def test_the_command_line_refuses_addresses(configured: Path) -> None:
-    with pytest.raises(ValueError, match="--ckpt_path takes a local file or last"):
+    with pytest.raises(ValueError, match="--ckpt_path takes a local path, last or best"):
         run(configured, "--ckpt_path", "http://host/a.ckpt", subcommand="test")
 
 
@@ -354,7 +534,7 @@ def test_what_may_change_is_named(configured: Path) -> None:
         "model.init_args.kl_coef: 0.1 -> 0.2",
         "model.init_args.optimizer.init_args.lr: 0.01 -> 0.5",
     ]
-    assert ["goes on with its saved values" in text for text in told] == [False, False, True]
+    assert ["keeps its saved values" in text for text in told] == [False, False, True]
 
 
 def other_policy(folder: Path, **values: Any) -> str:

@@ -13,33 +13,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from remax_lightning import cli
-from remax_lightning.callbacks import GradientVariance
+from remax_lightning.callbacks import GradientVariance, gradient_variance
 from remax_lightning.models.lora import LoRA
 from remax_lightning.models.next_token import log_probs_of
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import PPO, RLOO, SFT, Reinforce, ReMax
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.rewards import FunctionReward
-from remax_lightning.rollout import Sampling
+from remax_lightning.rollout import Responder, Sampling
 
 RATIOS = [f"diagnostics/variance_ratio_{name}" for name in ("greedy", "leave_one_out", "batch_mean")]
 HELPS = "diagnostics/greedy_helps"
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save_model(tmp_path_factory.mktemp("policy"))
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 def method(kind: type[PolicyGradientModule], policy: str, **options: Any) -> PolicyGradientModule:
     defaults: dict[str, Any] = {
         "sampling": Sampling(max_new_tokens=6, num_samples=2),
         "kl_coef": 0.1,
-        "optimizer": adam,
+        "optimizer": tiny.adam(),
         "lr_schedule": "constant",
     }
     reward = FunctionReward("reward_functions.letter_values")
@@ -92,8 +83,8 @@ def test_training_is_bitwise_the_same(
 
 def whole_gradients(module: PolicyGradientModule, batch: dict[str, Any], num_samples: int) -> Any:
     """Texts of sampled and greedy responses that the callback sees at the first step, and the samples' gradients."""
-    sampled, greedy = module.respond(module.policy, batch, replace(module.sampling, num_samples=num_samples), step=-1)
-    assert greedy is not None
+    sampling = replace(module.sampling, num_samples=num_samples)
+    sampled, greedy = module.responder.sample_and_greedy(module.policy, batch, sampling, step=-1)
     gradients = []
     for row in range(len(sampled.response_ids)):
         module.zero_grad()
@@ -101,7 +92,7 @@ def whole_gradients(module: PolicyGradientModule, batch: dict[str, Any], num_sam
         log_probs_of(module.policy, *response.sequences(), temperature=module.sampling.temperature).sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in module.policy.parameters()]).double())
     module.zero_grad()
-    return module.texts(sampled), module.texts(greedy), torch.stack(gradients)
+    return module.responder.texts(sampled), module.responder.texts(greedy), torch.stack(gradients)
 
 
 class Peek(Callback):
@@ -156,7 +147,9 @@ def test_one_token_responses_against_every_token(policy: str, tmp_path: Path) ->
     for token in range(size):
         gradients = torch.autograd.grad(log_probs[token], list(module.policy.parameters()), retain_graph=True)
         scores.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
-    values = [reward_functions.letter_value(module.texts(one_token(module, token))[0]) for token in range(size)]
+    values = [
+        reward_functions.letter_value(module.responder.texts(one_token(module, token))[0]) for token in range(size)
+    ]
     rewards, stacked = torch.tensor(values).double(), torch.stack(scores)
     mean = (probs * rewards) @ stacked
     norms = probs * stacked.square().sum(1)
@@ -177,9 +170,11 @@ def fit_with(
 ) -> dict[str, float]:
     """Metrics of a step whose reward is another one."""
     module = method(ReMax, policy, optimizer=tiny.sgd(0.0), **options)
-    module.rewards_of = lambda _, batch, *texts: [reward(batch, each) for each in texts]  # type: ignore[method-assign]
     callback = GradientVariance(num_prompts=4, num_samples=3, dimensions=64)
-    return tiny.fit(module, tiny.prompt_data(folder, rows), folder, callbacks=[callback]).steps[0]
+    with pytest.MonkeyPatch.context() as patch:
+        scored = lambda _, columns, *texts, device: [reward(columns, each) for each in texts]  # noqa: E731
+        patch.setattr(gradient_variance, "score_responses", scored)
+        return tiny.fit(module, tiny.prompt_data(folder, rows), folder, callbacks=[callback]).steps[0]
 
 
 def test_a_constant_reward(policy: str, tmp_path: Path) -> None:
@@ -224,16 +219,17 @@ def test_rows_without_a_reward_are_left_out(policy: str, tmp_path: Path) -> None
 def draws(module: PolicyGradientModule, folder: Path, steps: int, every: int) -> list[dict[str, Any]]:
     """How the callback asks for responses, one entry for each estimate."""
     asked: list[dict[str, Any]] = []
-    respond = module.respond
+    respond = Responder.sample_and_greedy
 
     def watched(*inputs: Any, **options: Any) -> Any:
         if options["step"] < 0:
-            asked.append({**options, "num_prompts": len(inputs[1]["prompt_index"]), "sampling": inputs[2]})
+            asked.append({**options, "num_prompts": len(inputs[2]["prompt_index"]), "sampling": inputs[3]})
         return respond(*inputs, **options)
 
-    module.respond = watched  # type: ignore[method-assign]
     callback = GradientVariance(every, num_prompts=3, num_samples=2, dimensions=8)
-    tiny.fit(module, tiny.prompt_data(folder), folder, steps, callbacks=[callback])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Responder, "sample_and_greedy", watched)
+        tiny.fit(module, tiny.prompt_data(folder), folder, steps, callbacks=[callback])
     return asked
 
 

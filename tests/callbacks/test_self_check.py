@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,6 @@ from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import ReMax
 from remax_lightning.rewards import ModelReward, Reward
 from remax_lightning.rollout import Sampling, TransformersEngine
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save_model(tmp_path_factory.mktemp("policy"))
 
 
 def check(module: ReMax, folder: Path, *, prompts: dict[str, Any] | None = None, **options: Any) -> tiny.History:
@@ -82,8 +78,10 @@ def test_padding(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_sampler(policy: str, tmp_path: Path) -> None:
     class WrongTemperature(TransformersEngine):
-        def generate(self, policy: Any, batch: Any, sampling: Sampling, **options: Any) -> Any:
-            return super().generate(policy, batch, Sampling(sampling.max_new_tokens, temperature=2.0), **options)
+        def sample_and_greedy(self, policy: Any, batch: Any, sampling: Sampling, **options: Any) -> Any:
+            return super().sample_and_greedy(
+                policy, batch, Sampling(sampling.max_new_tokens, temperature=2.0), **options
+            )
 
     module = tiny.remax(policy, engine=WrongTemperature())
     trips("sampler", "the sampler's log-probs differ from those of training by", module, tmp_path)
@@ -113,7 +111,7 @@ def test_stop_token(policy: str, tmp_path: Path) -> None:
     trips("stop_token", r"no stop token of .* has a log-prob above", module, tmp_path)
     module = tiny.remax(policy)
     module.configure_model()
-    module.stop_token_ids = [1000]
+    module.responder = replace(module.responder, stop_token_ids=[1000])
     trips("stop_token", r"the stop tokens \[1000\] are beyond the model's vocabulary", module, tmp_path)
 
 
@@ -136,7 +134,7 @@ class Fixed(Reward):
 
 
 def test_rewards(policy: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="self-check: none of 10 rewards is finite; mend the reward"):
+    with pytest.raises(ValueError, match="self-check: none of 10 rewards is finite; fix the reward"):
         check(tiny.remax(policy, Fixed(float("nan"))), tmp_path)
 
 

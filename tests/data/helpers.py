@@ -93,6 +93,8 @@ def attach(data, rank=0, world_size=1, tokenizer=None, stage="fit", distributed_
         global_step=0,
         max_steps=1000,
         training=True,
+        limit_val_batches=1.0,
+        val_check_interval=1.0,
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=distributed_sampler),
     )
     data.setup(stage)

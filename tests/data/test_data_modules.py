@@ -20,10 +20,8 @@ from data.helpers import (
 )
 from lightning.pytorch import Trainer
 
-from remax_lightning.data.demonstrations import DemonstrationDataModule
-from remax_lightning.data.preferences import PreferenceDataModule
-from remax_lightning.data.prompts import PromptDataModule
-from remax_lightning.data.sources import load_parts
+from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
+from remax_lightning.data.sources import load_tables
 from remax_lightning.models.tokenizer import encode_prompt, encode_response
 
 # batches
@@ -111,7 +109,7 @@ def test_prompt_index_is_the_row_in_the_file_whatever_is_dropped(write):
 
 
 def test_all_rows_dropped_is_an_error(write):
-    with pytest.raises(ValueError, match=r"train: not one of 2 rows can be used \(2 x empty prompt\).*\['prompt'\]"):
+    with pytest.raises(ValueError, match=r"train: none of 2 rows can be used \(2 x empty prompt\).*\['prompt'\]"):
         attach(PromptDataModule(train=write([{"prompt": ""}, {"prompt": " "}])))
 
 
@@ -251,9 +249,9 @@ def test_validation_fraction_is_cut_from_the_training_rows_by_seed(write):
     assert attach(PromptDataModule(train=write(ROWS))).val_dataloader() == []
 
 
-def test_validation_fraction_gives_way_to_validation_rows(write):
-    data = attach(PromptDataModule(train=write(ROWS), validation=write(ROWS[:3], "v.jsonl"), validation_fraction=0.5))
-    assert (len(data.examples["train"]), len(data.examples["validation"])) == (20, 3)
+def test_validation_fraction_beside_validation_rows_is_refused(write):
+    with pytest.raises(ValueError, match=r"validation_fraction=0.5 and validation exclude each other.*null"):
+        PromptDataModule(train=write(ROWS), validation=write(ROWS[:3], "v.jsonl"), validation_fraction=0.5)
 
 
 def test_validation_fraction_works_without_training(write):
@@ -388,7 +386,7 @@ def test_evaluation_reads_each_row_once_in_as_many_batches_on_each_rank(write, n
 
 def test_fewer_rows_than_processes_is_an_error(write):
     data = attach(PromptDataModule(test=write(ROWS[:1])), world_size=2, stage="test")
-    with pytest.raises(ValueError, match="1 usable rows for 2 processes"):
+    with pytest.raises(ValueError, match="1 usable rows for 2 ranks"):
         data.test_dataloader()
 
 
@@ -532,7 +530,7 @@ def test_real_files(kind, name, num_rows, limit):
     )
     data = attach(kind(train=real(name), limit=limit, **limits))
     num_examples = len(data.examples["train"])
-    assert sum(len(part.rows) for part in load_parts(real(name))) == num_rows
+    assert sum(len(table.rows) for table in load_tables(real(name))) == num_rows
     assert 0.95 * (limit or num_rows) <= num_examples <= (limit or num_rows)
     assert len(data.train_dataloader()) == num_examples // 8
     assert len(train_batches(data)) == num_examples // 8
@@ -543,7 +541,7 @@ def test_real_chat_preferences():
     data = attach(PreferenceDataModule(train=real("hh_harmless_train.jsonl.gz"), as_chat=True, limit=50, batch_size=4))
     for batch in list(data.train_dataloader()):
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-            text = data.tokenizer.decode(ids[mask])
+            text = data.encoder.tokenizer.decode(ids[mask])
             assert text.startswith("<|im_start|>user\n")
             assert text.endswith("<|im_end|>")
             assert "Human:" not in text
@@ -557,7 +555,7 @@ def test_real_chat_preferences():
     ],
 )
 def test_real_benchmarks_keep_their_columns(name, columns, num_rows):
-    source = [row for part in load_parts(real(name)) for row in part.rows]
+    source = [row for table in load_tables(real(name)) for row in table.rows]
     data = attach(PromptDataModule(test=real(name), eval_batch_size=64, max_prompt_length=4000), stage="test")
     batches = list(data.test_dataloader())
     assert indices(batches) == list(range(num_rows))

@@ -8,7 +8,7 @@ from data.helpers import CHATML, ROWS, attach, build_tokenizer, dropped, indices
 from datasets import Dataset
 
 from remax_lightning.data import DemonstrationDataModule, PromptDataModule
-from remax_lightning.data.sources import load_parts
+from remax_lightning.data.sources import load_tables
 
 LINES = [json.dumps(row).encode() for row in ROWS]
 
@@ -48,7 +48,7 @@ def test_corrupt_line_is_named_or_skipped_and_counted(tmp_path, name, line, deta
 
 def test_file_with_corrupt_lines_only_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"rows.jsonl, line 1: not valid JSON.*no row that can be read"):
-        load_parts(save(tmp_path, [b"{", b"{"]))
+        load_tables(save(tmp_path, [b"{", b"{"]))
 
 
 def test_rows_with_columns_of_their_own_beside_a_corrupt_line(tmp_path):
@@ -77,8 +77,65 @@ def test_file_that_cannot_be_read_is_named(tmp_path, name, text, streaming):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no data at '.*none.jsonl'; accepted is a .json"):
+    message = r"data.train: no data at '.*none.jsonl': there is no such file or folder; give a file"
+    with pytest.raises(FileNotFoundError, match=message):
         attach(PromptDataModule(train=str(tmp_path / "none.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("./data", "there is no such file or folder"),
+        ("./none*.csv", "no file matches"),
+        ("./rows.txt", "a file must be .json, .jsonl, .parquet or .csv"),
+        ("./folder", "it is a folder without files of the kinds .json"),
+    ],
+)
+def test_missing_data_names_the_argument_and_what_was_looked_for(tmp_path, monkeypatch, name, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.txt").write_text("x")
+    for split, stage in [("train", "fit"), ("validation", "validate"), ("test", "test"), ("predict", "predict")]:
+        with pytest.raises(FileNotFoundError) as caught:
+            attach(PromptDataModule(**{split: name}), stage=stage)
+        assert str(caught.value).startswith(f"data.{split}: no data at {name!r}: {reason}")
+
+
+def test_missing_data_of_another_split_names_the_argument_it_comes_from(tmp_path):
+    missing = str(tmp_path / "none.jsonl")
+    for arguments, stage, key in [
+        ({"test": missing}, "predict", "test"),
+        ({"train": missing, "validation_fraction": 0.5}, "validate", "train"),
+    ]:
+        with pytest.raises(FileNotFoundError, match=f"^data.{key}: no data"):
+            attach(PromptDataModule(**arguments), stage=stage)
+
+
+def test_unreachable_hub_data_set_names_the_argument_within_seconds(write, monkeypatch):
+    def refuse(name, kind):
+        raise FileNotFoundError(f"{name} is neither an existing folder nor in the cache")
+
+    def retry(*names, split):
+        raise AssertionError("the library would retry for half a minute")
+
+    monkeypatch.setattr("remax_lightning.data.sources.check_reachable", refuse)
+    monkeypatch.setattr("remax_lightning.data.sources.load_dataset", retry)
+    with pytest.raises(FileNotFoundError, match=r"^data.validation: owner/name is neither an existing folder"):
+        attach(PromptDataModule(validation="owner/name:test"), stage="validate")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "rows.json"])
+def test_empty_file_is_called_empty(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"^data.train: cannot read .*{name}: the file is empty$"):
+        attach(PromptDataModule(train=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_file_without_rows_says_so(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"\n\n") if name.endswith("gz") else b"\n\n")
+    with pytest.raises(ValueError, match=rf"^data.train: cannot read .*{name}.*: there is no row in it"):
+        attach(PromptDataModule(train=str(tmp_path / name)))
 
 
 def test_source_of_unknown_format_is_named(write):
@@ -153,8 +210,8 @@ def test_tokenizer_without_pad_pads_with_eos(write, tmp_path):
     build_tokenizer(pad=None).save_pretrained(tmp_path / "tokenizer")
     data = attach(PromptDataModule(train=write(ROWS), tokenizer=str(tmp_path / "tokenizer")))
     for batch in train_batches(data):
-        assert set(batch["prompt_ids"][~batch["prompt_mask"]].tolist()) <= {data.tokenizer.eos_token_id}
-    assert data.tokenizer.pad_token == "</s>"
+        assert set(batch["prompt_ids"][~batch["prompt_mask"]].tolist()) <= {data.encoder.tokenizer.eos_token_id}
+    assert data.encoder.tokenizer.pad_token == "</s>"
 
 
 def test_columns_of_csv_and_parquet_may_differ(tmp_path, write):

@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from remax_lightning.data.formats import UnusableRow, column_format, find_format, to_chat
-from remax_lightning.data.sources import load_parts
+from remax_lightning.data.sources import load_tables
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 RUDE = {"role": "assistant", "content": "Go away"}
@@ -135,7 +135,7 @@ ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
 
 
 def load_rows(sources):
-    return [row for part in load_parts(sources) for row in part.rows]
+    return [row for part in load_tables(sources) for row in part.rows]
 
 
 def write_lines(path, rows):
@@ -209,14 +209,16 @@ def test_hub_names(monkeypatch, source, arguments, split):
         "remax_lightning.data.sources.load_dataset",
         lambda *names, split: calls.append((list(names), split)) or Dataset.from_list(ROWS),
     )
+    monkeypatch.setattr("remax_lightning.data.sources.check_reachable", lambda name, kind: calls.append((name, kind)))
     assert load_rows(source) == ROWS
-    assert calls == [(arguments, split)]
+    assert calls == [("owner/name", "dataset"), (arguments, split)]
 
 
-def test_unreachable_hub_name_says_what_is_accepted(monkeypatch):
+def test_missing_hub_name_says_what_is_accepted(monkeypatch):
     def refuse(*names, split):
-        raise ConnectionError("offline")
+        raise ConnectionError("gone")
 
+    monkeypatch.setattr("remax_lightning.data.sources.check_reachable", lambda name, kind: None)
     monkeypatch.setattr("remax_lightning.data.sources.load_dataset", refuse)
-    with pytest.raises(FileNotFoundError, match="'data/prompts': no such file or folder, and the hub gave none"):
+    with pytest.raises(FileNotFoundError, match=r"'data/prompts': there is no such file .*, and no such data set"):
         load_rows("data/prompts")

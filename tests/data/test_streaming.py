@@ -9,7 +9,7 @@ import pytest
 from data.helpers import PAIRS, ROWS, attach, dropped, fit, indices, real, train_batches
 from datasets import Dataset
 
-from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule, streams
+from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule, readers
 
 
 def stream(train, kind=PromptDataModule, **arguments):
@@ -94,6 +94,7 @@ def test_hub_rows_are_streamed(monkeypatch):
         calls.append((names, split, streaming))
         return Dataset.from_list(ROWS).to_iterable_dataset()
 
+    monkeypatch.setattr("remax_lightning.data.sources.check_reachable", lambda name, kind: None)
     monkeypatch.setattr("remax_lightning.data.sources.load_dataset", load)
     data = attach(stream("owner/name:train", num_workers=2))
     assert sorted(indices(train_batches(data))) == list(range(20))
@@ -149,8 +150,8 @@ def test_windows_before_the_position_are_not_parsed(write, monkeypatch):
     data = attach(stream(write(ROWS), shuffle_window=5, batch_size=5))
     data.load_state_dict({"epoch": 0, "rows": 15})
     parsed = []
-    parse_line = streams.parse_line
-    monkeypatch.setattr(streams, "parse_line", lambda *args: parsed.append(args[1]) or parse_line(*args))
+    parse_line = readers.parse_line
+    monkeypatch.setattr(readers, "parse_line", lambda *args: parsed.append(args[1]) or parse_line(*args))
     train_batches(data)
     assert sorted(parsed) == [16, 17, 18, 19, 20]
 

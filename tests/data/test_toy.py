@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from remax_lightning.data.toy import fluency, gold_reward, write_demonstration, write_world
-from remax_lightning.data.toy_grammar import PROMPTS, Facts, read_prompt, read_response
+from remax_lightning.data.toy import fluency, gold_reward, make_toy_data, write_demonstration
+from remax_lightning.data.toy_language import PROMPTS, Facts, read_prompt, read_response
 
 PROMPT = "Tell me about the red fox in the forest."
 FACTS = Facts("red", "fox", "forest")
@@ -31,15 +31,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_world(str(folder), **SIZES)
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy_data")
+    make_toy_data(str(folder), **SIZES)
     return folder
 
 
 @pytest.fixture(scope="module")
-def tokenizer(world: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(world / "tokenizer")
+def tokenizer(toy_data: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(toy_data / "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -163,55 +163,57 @@ def test_demonstrations_leave_headroom(demonstrations: list[str]) -> None:
 # files
 
 
-def test_same_arguments_write_the_same_bytes(world: Path, tmp_path: Path) -> None:
-    code = f"from remax_lightning.data.toy import write_world; write_world({str(tmp_path / 'again')!r}, **{SIZES!r})"
+def test_same_arguments_write_the_same_bytes(toy_data: Path, tmp_path: Path) -> None:
+    code = (
+        f"from remax_lightning.data.toy import make_toy_data; make_toy_data({str(tmp_path / 'again')!r}, **{SIZES!r})"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    files = sorted(str(path.relative_to(world)) for path in world.rglob("*") if path.is_file())
+    files = sorted(str(path.relative_to(toy_data)) for path in toy_data.rglob("*") if path.is_file())
     assert len(files) >= 9
-    _, mismatch, errors = filecmp.cmpfiles(world, tmp_path / "again", files, shallow=False)
+    _, mismatch, errors = filecmp.cmpfiles(toy_data, tmp_path / "again", files, shallow=False)
     assert (mismatch, errors) == ([], [])
 
 
-def test_another_seed_writes_other_data(world: Path, tmp_path: Path) -> None:
-    write_world(str(tmp_path), seed=1, **SIZES)
+def test_another_seed_writes_other_data(toy_data: Path, tmp_path: Path) -> None:
+    make_toy_data(str(tmp_path), seed=1, **SIZES)
     for name in NAMES:
-        assert (tmp_path / f"{name}.jsonl").read_bytes() != (world / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / f"{name}.jsonl").read_bytes() != (toy_data / f"{name}.jsonl").read_bytes()
 
 
-def test_one_file_does_not_depend_on_the_size_of_another(world: Path, tmp_path: Path) -> None:
-    write_world(str(tmp_path), **{**SIZES, "num_demonstrations": 10})
-    assert filecmp.cmp(world / "preferences.jsonl", tmp_path / "preferences.jsonl", shallow=False)
+def test_one_file_does_not_depend_on_the_size_of_another(toy_data: Path, tmp_path: Path) -> None:
+    make_toy_data(str(tmp_path), **{**SIZES, "num_demonstrations": 10})
+    assert filecmp.cmp(toy_data / "preferences.jsonl", tmp_path / "preferences.jsonl", shallow=False)
 
 
-def test_files_have_their_columns_and_sizes(world: Path) -> None:
+def test_files_have_their_columns_and_sizes(toy_data: Path) -> None:
     columns = {
         "demonstrations": ["prompt", "response"],
         "preferences": ["prompt", "chosen", "rejected"],
         "prompts": ["prompt"],
     }
     for name in NAMES:
-        rows, held_out = read_rows(world / f"{name}.jsonl"), read_rows(world / f"{name}_held_out.jsonl")
+        rows, held_out = read_rows(toy_data / f"{name}.jsonl"), read_rows(toy_data / f"{name}_held_out.jsonl")
         assert (len(rows), len(held_out)) == (SIZES[f"num_{name}"], SIZES["num_held_out"])
         assert all(list(row) == columns[name] for row in rows + held_out)
-    assert json.loads((world / "world.json").read_text()) == {"seed": 0, **SIZES, "vocab_size": 512}
+    assert json.loads((toy_data / "arguments.json").read_text()) == {"seed": 0, **SIZES, "vocab_size": 512}
 
 
-def test_held_out_facts_are_never_trained_on(world: Path) -> None:
-    training = {read_prompt(row["prompt"]) for name in NAMES for row in read_rows(world / f"{name}.jsonl")}
-    held_out = {read_prompt(row["prompt"]) for name in NAMES for row in read_rows(world / f"{name}_held_out.jsonl")}
+def test_held_out_facts_are_never_trained_on(toy_data: Path) -> None:
+    training = {read_prompt(row["prompt"]) for name in NAMES for row in read_rows(toy_data / f"{name}.jsonl")}
+    held_out = {read_prompt(row["prompt"]) for name in NAMES for row in read_rows(toy_data / f"{name}_held_out.jsonl")}
     assert training
     assert held_out
     assert not training & held_out
 
 
-def test_prompts_differ(world: Path) -> None:
-    prompts = [row["prompt"] for row in read_rows(world / "prompts.jsonl")]
+def test_prompts_differ(toy_data: Path) -> None:
+    prompts = [row["prompt"] for row in read_rows(toy_data / "prompts.jsonl")]
     assert len(set(prompts)) == len(prompts)
 
 
-def test_preference_labels_are_noisy_but_informed(world: Path) -> None:
-    rows = read_rows(world / "preferences.jsonl")
+def test_preference_labels_are_noisy_but_informed(toy_data: Path) -> None:
+    rows = read_rows(toy_data / "preferences.jsonl")
     prompts = [row["prompt"] for row in rows]
     chosen = gold_reward(prompts, [row["chosen"] for row in rows])
     rejected = gold_reward(prompts, [row["rejected"] for row in rows])
@@ -232,8 +234,8 @@ def test_preference_labels_are_noisy_but_informed(world: Path) -> None:
 )
 def test_impossible_sizes_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        write_world(str(tmp_path / "world"), **arguments)
-    assert not (tmp_path / "world").exists()
+        make_toy_data(str(tmp_path / "data"), **arguments)
+    assert not (tmp_path / "data").exists()
 
 
 # tokenizer
@@ -264,7 +266,7 @@ def test_chat_template_of_a_prompt_begins_that_of_a_dialogue(tokenizer: PreTrain
     assert tokenizer.apply_chat_template(messages, tokenize=False) == f"{start}{BEST}<eos>"
 
 
-def test_words_are_single_tokens(tokenizer: PreTrainedTokenizerFast, world: Path) -> None:
+def test_words_are_single_tokens(tokenizer: PreTrainedTokenizerFast, toy_data: Path) -> None:
     assert 8 <= len(tokenizer(PROMPT)["input_ids"]) <= 14
     assert 15 <= len(tokenizer(BEST)["input_ids"]) <= 45
     words = BEST.replace(".", " .").split()

@@ -9,8 +9,11 @@ import resource
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,25 @@ import tiny
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from remax_lightning.callbacks import Checkpoint, HFExport, SelfCheck, checkpoint_folder, safe_checkpoint_io
+from remax_lightning import strategies
+from remax_lightning.callbacks import (
+    Checkpoint,
+    HFExport,
+    SelfCheck,
+    checkpoint_folder,
+    find_checkpoint,
+    safe_checkpoint_io,
+)
+from remax_lightning.callbacks.find_checkpoint import check_ranks_agree
 from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
+from remax_lightning.callbacks.synced_file import remove
 from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
 from remax_lightning.models.language_model import load_language_model
 from remax_lightning.models.lora import LoRA
@@ -186,11 +201,14 @@ def tied(folder: Path, world: int) -> Results:
 
 def half(folder: Path, world: int) -> Results:
     """Computed in bfloat16, kept in float32."""
-    module = remax(folder)
+    module, told = remax(folder), []
+    strategies.rank_zero_info, original = told.append, strategies.rank_zero_info
     found = fit(module, prompts(folder, world), folder, world, strategy={"compute_dtype": "bfloat16"}, steps=3)
+    trainer(folder, world, strategy={"compute_dtype": "bfloat16"}).validate(module, prompts(folder, world))
+    strategies.rank_zero_info, found["told"] = original, told
     assert module.reference is not None
     found["dtypes"] = [
-        {str(value.dtype) for value in model.parameters()} for model in (module.policy, module.reference)
+        {str(value.dtype) for value in model.parameters()} for model in (module.policy, module.reference.model)
     ]
     return found
 
@@ -266,7 +284,7 @@ def collectives(folder: Path, world: int) -> Results:
 
         module.collect = counted  # type: ignore[method-assign]
         fit(module, prompts(folder, world), folder, world, steps=1)
-        models = (module.policy, module.reference, module.reward.model)  # type: ignore[attr-defined]
+        models = (module.policy, module.reference.model, module.reward.model)  # type: ignore[attr-defined]
         found["units"] = sum(len(sharded_units(model)) for model in models)
         found[str(length)] = dict(mode.counts)
     return found
@@ -374,12 +392,12 @@ def failing_saves(folder: Path, world: int) -> Results:
     """A process fails at other moments of a save."""
     found = {}
     checkpoint = {"state_dict": {"a": torch.ones(1)}, "optimizer_states": [], "global_step": 1}
-    for rank, name in ((0, "write_synced"), (1, "size_and_digest"), (0, "sync_folder")):
+    for rank, name in ((0, "write_synced"), (1, "sync_folder"), (0, "write_manifest")):
 
         def fail(*args: Any) -> Any:
             raise OSError(28, "No space left on device")
 
-        module = safe_checkpoint_io if name == "sync_folder" else checkpoint_folder
+        module = checkpoint_folder if name == "write_synced" else safe_checkpoint_io
         original = getattr(module, name)
         path = folder / "failing" / f"{name}.ckpt"
         if dist.get_rank() == rank:
@@ -391,6 +409,172 @@ def failing_saves(folder: Path, world: int) -> Results:
         setattr(module, name, original)
         dist.barrier()
         found[f"{name} left"] = [each.name for each in path.parent.glob(f"{name}*.partial")]
+    return found
+
+
+class Gate:
+    """Lets a number of writes of shards pass and holds the next one until it is opened."""
+
+    def __init__(self, passes: int = 0) -> None:
+        self.passes, self.event, self.write = passes, threading.Event(), FileSystemWriter.write_data
+        self.before: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> "Gate":
+        gate = self
+
+        def write(writer: Any, *args: Any) -> Any:
+            gate.before()
+            gate.passes -= 1
+            if gate.passes < 0 and not gate.event.wait(60):
+                raise TimeoutError("nobody has opened the gate")
+            return gate.write(writer, *args)
+
+        FileSystemWriter.write_data = write  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        FileSystemWriter.write_data = self.write  # type: ignore[method-assign]
+
+
+class At(Callback):
+    """Calls a function at the end of a step, before the checkpoint callback does anything."""
+
+    def __init__(self, step: int, act: Callable[[], None]) -> None:
+        self.step, self.act = step, act
+
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step == self.step:
+            self.act()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*"))
+
+
+def in_background(folder: Path, world: int) -> Results:
+    """Four steps, each saved; the second save cannot write anything before the third step has been taken."""
+    run, found = folder / "in_background", Results()
+    saves = Checkpoint(str(run), every_n_train_steps=1, async_save=True)
+
+    with Gate(passes=1) as gate:
+
+        def look() -> None:
+            dist.barrier()
+            found["while saving"] = names(run)
+            if dist.get_rank() == 0:
+                shutil.copytree(run, folder / "killed")
+            dist.barrier()
+            gate.event.set()
+
+        def look_before() -> None:
+            if gate.event.is_set() and "before the next save" not in found and (run / "step=2.ckpt").exists():
+                found["before the next save"] = names(run)[:4]
+
+        def keep() -> None:
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.copytree(run / "step=2.ckpt", folder / "saved_during_a_step" / "step=2.ckpt")
+                shutil.copy(run / "step=2.ckpt.json", folder / "saved_during_a_step")
+
+        gate.before = look_before
+        original, paths = FSDP2Strategy.broadcast, []
+
+        def broadcast(self: Any, value: Any, src: int = 0) -> Any:
+            value = original(self, value, src)
+            paths.extend([Path(value).name] if str(value).endswith(".ckpt") else [])
+            return value
+
+        FSDP2Strategy.broadcast = broadcast  # type: ignore[method-assign]
+        module, data = remax(folder, optimizer=adam), prompts(folder, world)
+        found |= fit(module, data, run, world, steps=4, callbacks=[At(3, look), At(4, keep), saves])
+        FSDP2Strategy.broadcast = original  # type: ignore[method-assign]
+    dist.barrier()
+    return {**found, "paths": paths, "at the end": names(run)}
+
+
+def from_background(folder: Path, world: int, name: str) -> Results:
+    """The rest of the four steps, from the newest complete checkpoint in a folder."""
+    module, data = remax(folder, optimizer=adam), prompts(folder, world)
+    callbacks = [Checkpoint(str(folder / f"from_{name}"))]
+    return fit(module, data, folder, world, steps=4, resume_from=folder / name, callbacks=callbacks)
+
+
+def background_error(folder: Path, world: int) -> Results:
+    """One rank cannot write its shards in the background."""
+    run, message = folder / "background_error", ""
+
+    def fail() -> None:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+
+    with Gate(passes=9) as gate:
+        gate.before = fail
+        try:
+            saves = Checkpoint(str(run), every_n_train_steps=1, async_save=True)
+            fit(remax(folder), prompts(folder, world), run, world, steps=2, callbacks=[saves])
+        except OSError as error:
+            message = str(error)
+    dist.barrier()
+    return {"message": message, "files": names(run)}
+
+
+def awaited(folder: Path, world: int) -> Results:
+    """What is there when training ends while a save is in the background, for three reasons to end."""
+    found = Results()
+
+    def stop() -> None:
+        raise KeyError("in a step")
+
+    for name, steps, callback in (
+        ("terminated", 9, SigtermToFirst()),
+        ("raised", 9, At(3, stop)),
+        ("ended", 2, Callback()),
+    ):
+        run = folder / "awaited" / name
+        with Gate() as gate, suppress(SystemExit, KeyError):
+            gate.event.set()
+            gate.before = partial(time.sleep, 0.3)
+            saves = Checkpoint(str(run), every_n_train_steps=2, async_save=True)
+            own = trainer(run, world, steps=steps, callbacks=[callback, saves])
+            own.fit(remax(folder), datamodule=prompts(folder, world))
+        dist.barrier()
+        found[name] = names(run)
+    return found
+
+
+def verifying(folder: Path, world: int) -> Results:
+    """A folder of single files whose newest is damaged, and later all of them: what each rank verifies and reads."""
+    copy, found = folder / "verifying" / "checkpoints", Results()
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "saving2_file" / "checkpoints", copy)
+        os.truncate(copy / "step=6.ckpt", 1000)
+    dist.barrier()
+    original, verified = find_checkpoint.integrity_error, []
+
+    def noted(path: Path, manifest: Any) -> str | None:
+        verified.append(path.name)
+        return original(path, manifest)
+
+    find_checkpoint.integrity_error = noted
+    saves = Checkpoint(str(copy))
+    module = remax(folder, optimizer=adam)
+    found["steps"] = len(
+        fit(module, prompts(folder, world), folder, world, steps=6, resume_from="last", callbacks=[saves])["steps"]
+    )
+    found["verified"], found["read"] = list(verified), Path(saves.store.resumed_from).name
+    find_checkpoint.integrity_error = original
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path in copy.glob("*.ckpt"):
+            remove(path)
+            path.write_text("damaged")
+    dist.barrier()
+    try:
+        trainer(folder, world, callbacks=[Checkpoint(str(copy))]).fit(
+            remax(folder, optimizer=adam), datamodule=prompts(folder, world), ckpt_path="last"
+        )
+    except ValueError as error:
+        found["message"] = str(error)
     return found
 
 
@@ -429,11 +613,20 @@ def refused(folder: Path, world: int) -> Results:
         "replicas": {"strategy": {"replicas": 3}},
         "offload": {"strategy": {"offload_frozen": True}},
         "precision": {"precision": "bf16-mixed"},
+        "one_file": {
+            "strategy": {"save_sharded": False},
+            "callbacks": [Checkpoint(str(folder / "refused"), async_save=True)],
+        },
+        "plugin": {"plugins": [AsyncCheckpointIO()], "callbacks": [Checkpoint(str(folder / "refused"))]},
     }.items():
         try:
             trainer(folder, world, **options).fit(remax(folder), datamodule=prompts(folder, world))
         except ValueError as error:
             found[name] = str(error)
+    try:
+        check_ranks_agree(f"run{dist.get_rank()}")
+    except ValueError as error:
+        found["paths"] = str(error)
     try:
         load_sharded(
             partial(load_reward_model, trained=True), ModelSource(path=str(folder / "policy")), sharding_of(world)
@@ -499,7 +692,7 @@ def ppo(folder: Path, world: int) -> Results:
     return sibling(PPO, folder, world, num_epochs=2, lora=LoRA(rank=4))
 
 
-FAULTS = (evaluated_last, failing_saves, agreed_rewards)
+FAULTS = (evaluated_last, failing_saves, agreed_rewards, in_background, background_error, awaited)
 BOTH = (
     full,
     lora,
@@ -530,6 +723,9 @@ def main(folder: Path) -> None:
     found["resumed"] = resumed(folder, 2, folder / "saving2" / "checkpoints" / "step=3.ckpt")
     found["resumed_lora"] = resumed(folder, 2, folder / "saving2_lora" / "checkpoints" / "step=3.ckpt", adapters)
     found["resumed_from_one"] = resumed(folder, 2, folder / "saving1" / "checkpoints" / "step=3.ckpt")
+    for name in ("killed", "saved_during_a_step"):
+        found[name] = from_background(folder, 2, name)
+    found["verifying"] = verifying(folder, 2)
     torch.save(found, folder / f"result{dist.get_rank()}.pt")
 
 

@@ -1,5 +1,7 @@
 """Two processes that split every model do what one process does; see scenarios.py for the runs."""
 
+import hashlib
+import math
 import shutil
 import socket
 from datetime import timedelta
@@ -16,7 +18,9 @@ from processes import run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from remax_lightning.callbacks.safe_checkpoint_io import fault, newest_complete, read_checkpoint, read_manifest
+from remax_lightning.callbacks.find_checkpoint import newest_complete
+from remax_lightning.callbacks.manifest import Manifest, UnusableCheckpoint, integrity_error, read_manifest
+from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli import ExportingTrainer, main
 from remax_lightning.models import parallelize
 from remax_lightning.models.lora import LoRA
@@ -189,7 +193,8 @@ def test_sigterm_to_one_process_saves_the_step_in_all(
 def test_a_save_that_fails_in_one_process_fails_in_all(two: list[dict[str, Any]]) -> None:
     for found in (each["full_disk"] for each in two):
         assert "step=2.ckpt could not be written" in found["message"]
-        assert "make room" in found["message"]
+        assert found["message"].startswith("the checkpoint ")
+        assert "free some space" in found["message"]
         assert found["files"] == ["step=1.ckpt", "step=1.ckpt.json"]
 
 
@@ -200,7 +205,54 @@ def test_an_export_has_the_kept_weights_after_a_forward_pass(folder: Path, two: 
     assert any((value.bfloat16() != value).any() for value in exported.values())
 
 
-@pytest.mark.parametrize("name", ["write_synced", "size_and_digest", "sync_folder"])
+def test_training_goes_on_during_a_save(folder: Path, two: list[dict[str, Any]]) -> None:
+    for found in (each["in_background"] for each in two):
+        assert found["while saving"] == ["step=1.ckpt", "step=1.ckpt.json", "step=2.ckpt.partial"]
+        assert found["before the next save"] == ["step=1.ckpt", "step=1.ckpt.json", "step=2.ckpt", "step=2.ckpt.json"]
+        assert found["paths"] == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt", "step=4.ckpt"]  # each is sent once
+        assert found["at the end"] == [f"step={step}.ckpt{suffix}" for step in (3, 4) for suffix in ("", ".json")]
+    for path in (folder / "saved_during_a_step" / "step=2.ckpt", folder / "in_background" / "step=4.ckpt"):
+        manifest = read_manifest(path)  # of which the validation ended during the save
+        assert manifest is not None
+        assert math.isfinite(manifest.scores["val/reward"])
+
+
+@pytest.mark.parametrize("name", ["killed", "saved_during_a_step"])
+def test_what_a_save_in_the_background_left_is_resumed_bitwise(name: str, two: list[dict[str, Any]]) -> None:
+    """From what a kill during the second save leaves, and from the second save, which ended after the third step."""
+    for found in two:
+        assert tiny.are_equal(found[name]["weights"], found["in_background"]["weights"])
+        assert len(found[name]["steps"]) == {"killed": 3, "saved_during_a_step": 2}[name]
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_save(two: list[dict[str, Any]]) -> None:
+    for found in (each["background_error"] for each in two):
+        assert found["message"].startswith("the checkpoint ")
+        assert "step=1.ckpt could not be written (OSError: [Errno 28] No space left on device)" in found["message"]
+        assert found["files"] == []
+
+
+@pytest.mark.parametrize("name", ["terminated", "raised", "ended"])
+def test_a_save_in_the_background_is_awaited(name: str, two: list[dict[str, Any]]) -> None:
+    for found in (each["awaited"] for each in two):
+        assert found[name] == ["step=2.ckpt", "step=2.ckpt.json"]
+
+
+def test_rank_0_alone_verifies_and_all_ranks_read_the_same(two: list[dict[str, Any]]) -> None:
+    first, second = (each["verifying"] for each in two)
+    assert (first["verified"], second["verified"]) == (["step=6.ckpt", "step=3.ckpt"], [])
+    for found in (first, second):
+        assert found["read"] == "step=3.ckpt"
+        assert found["steps"] == 3
+        assert "has no complete checkpoint" in found["message"]
+
+
+def test_bfloat16_is_announced_once(two: list[dict[str, Any]]) -> None:
+    (message,) = two[0]["half"]["told"]
+    assert "computes in bfloat16 and trains float32 weights, though trainer.precision is 32-true" in message
+
+
+@pytest.mark.parametrize("name", ["write_synced", "sync_folder", "write_manifest"])
 def test_no_process_waits_for_one_that_could_not_save(name: str, two: list[dict[str, Any]]) -> None:
     for found in (each["failing_saves"] for each in two):
         assert "could not be written (No space left on device)" in found[name]
@@ -213,10 +265,15 @@ def test_the_self_check_judges_the_rewards_of_all_processes(two: list[dict[str, 
 
 def test_what_cannot_work_is_refused_by_all(two: list[dict[str, Any]]) -> None:
     for found in (each["refused"] for each in two):
-        assert "replicas must divide the number of processes, 2, got replicas=3" in found["replicas"]
+        assert "replicas must divide the number of ranks, 2, got replicas=3" in found["replicas"]
         assert "on a CPU set it to false" in found["offload"]
         assert "trainer.precision must be 32-true" in found["precision"]
         assert "is no trained reward model: it lacks ['score.weight']" in found["head"]
+        assert "here (FSDP2Strategy) a checkpoint is one file; set checkpoint.async_save to false" in found["one_file"]
+        assert "the checkpoint plugin AsyncCheckpointIO cannot be used" in found["plugin"]
+        assert (
+            "all ranks must read the same checkpoint, but rank 0 would read run0 and rank 1 run1; put" in found["paths"]
+        )
 
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed", "deepspeed_stage_3_offload"])
@@ -267,18 +324,59 @@ def test_the_timeout_arrives() -> None:
     assert FSDP2Strategy(timeout_minutes=90)._timeout == timedelta(minutes=90)
 
 
-def test_a_damaged_folder_is_passed_over(folder: Path, tmp_path: Path, two: list[dict[str, Any]]) -> None:
+def test_a_damaged_folder_is_skipped(folder: Path, tmp_path: Path, two: list[dict[str, Any]]) -> None:
     copy = tmp_path / "checkpoints"
     shutil.copytree(folder / "saving2" / "checkpoints", copy)
-    assert newest_complete(copy) == copy / "step=6.ckpt"
-    part = copy / "step=6.ckpt" / "__1_0.distcp"
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content)
-    manifest = read_manifest(copy / "step=6.ckpt")
+    newest = copy / "step=6.ckpt"
+    manifest = read_manifest(newest)
     assert manifest is not None
-    assert fault(copy / "step=6.ckpt", manifest) == "its content is not what was written"
-    with pytest.warns(UserWarning, match=r"step=6.ckpt is skipped"):
-        assert newest_complete(copy) == copy / "step=3.ckpt"
-    part.unlink()
-    assert "bytes, not the" in str(fault(copy / "step=6.ckpt", manifest))
+    assert newest_complete(copy) == newest
+    for name, reason in {
+        ".metadata": "its content is not what was written",
+        "rest.pt": "its content is not what was written",
+        "__1_0.distcp": "bytes, not the",
+    }.items():
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(flipped(content) if "content" in reason else content[:-1])
+        assert reason in str(integrity_error(newest, manifest))
+        with pytest.warns(UserWarning, match=r"step=6.ckpt is skipped"):
+            assert newest_complete(copy) == copy / "step=3.ckpt"
+        (newest / name).write_bytes(content)
+        assert integrity_error(newest, manifest) is None
+    (newest / "__1_0.distcp").unlink()
+    assert "bytes, not the" in str(integrity_error(newest, manifest))
+
+
+def flipped(content: bytes) -> bytes:
+    """The content with one other bit, in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def test_a_flipped_bit_in_a_shard_is_an_error_when_it_is_read(
+    folder: Path, tmp_path: Path, two: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / "step=6.ckpt"
+    shutil.copytree(folder / "saving2" / "checkpoints" / "step=6.ckpt", path)
+    shard = path / "__1_0.distcp"
+    shard.write_bytes(flipped(shard.read_bytes()))
+    with pytest.raises(UnusableCheckpoint, match=r"cannot be read \(.*__1_0.distcp is not what was written"):
+        read_checkpoint(path)
+
+
+def test_a_folder_of_an_earlier_version_is_verified(folder: Path, tmp_path: Path, two: list[dict[str, Any]]) -> None:
+    """Its manifest has no number, and the digest of all files' content."""
+    path = tmp_path / "step=6.ckpt"
+    shutil.copytree(folder / "saving2" / "checkpoints" / "step=6.ckpt", path)
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    old = Manifest(
+        size=sum(file.stat().st_size for file in path.iterdir()),
+        sha256=hashlib.sha256(lines.encode()).hexdigest(),
+        step=6,
+        saved_at=1,
+    )
+    assert integrity_error(path, old) is None
+    shard = path / "__1_0.distcp"
+    shard.write_bytes(flipped(shard.read_bytes()))
+    assert integrity_error(path, old) == "its content is not what was written"

@@ -8,7 +8,11 @@ from PIL import Image
 
 from remax_lightning.evaluation.report import report
 
-SUMMARY_KEYS = {"sft_gold_reward", "remax_gold_reward", "win_rate", "kl", "reward_model_accuracy", "seconds"}
+SUMMARY_KEYS = {
+    *("reference_reward", "policy_reward", "win_rate", "win_rate_low", "win_rate_high"),
+    *("kl", "reward_model_accuracy", "seconds"),
+}
+QUICKSTART = {"reference_label": "SFT", "policy_label": "ReMax", "judge_label": "gold"}
 
 
 def make_row(index: int) -> dict[str, Any]:
@@ -20,6 +24,7 @@ def make_row(index: int) -> dict[str, Any]:
         "reference_reward": 20.0,
         "judge_reward": 2.0 if index else -1.0,
         "reference_judge_reward": 0.0,
+        "win_rate": float(index > 0),
         "kl": float(index),
         "response_length": 20,
         "reference_response_length": 10,
@@ -54,15 +59,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, **options: Any) -> dict[str, Any]:
-    report(str(folder / "responses.jsonl"), str(folder / "remax"), str(folder / "out"), **options)
+    report(str(folder / "remax"), str(folder / "responses.jsonl"), str(folder / "out"), **options)
     return json.loads((folder / "out" / "summary.json").read_text())
 
 
 def test_summary_holds_the_means(folder: Path) -> None:
     summary = run(folder, reward_model_dir=str(folder / "reward_model"), started_at=time.time() - 100)
-    assert set(summary) == SUMMARY_KEYS | {"win_rate_low", "win_rate_high"}
-    assert summary["sft_gold_reward"] == 0.0
-    assert summary["remax_gold_reward"] == pytest.approx((2.0 * 3 - 1.0) / 4)
+    assert set(summary) == SUMMARY_KEYS | {"reference_judge_reward", "policy_judge_reward"}
+    assert (summary["reference_reward"], summary["policy_reward"]) == (20.0, 11.5)
+    assert summary["reference_judge_reward"] == 0.0
+    assert summary["policy_judge_reward"] == pytest.approx((2.0 * 3 - 1.0) / 4)
     assert summary["win_rate"] == 0.75
     assert summary["win_rate_low"] < 0.75 < summary["win_rate_high"]
     assert summary["kl"] == 1.5
@@ -77,24 +83,53 @@ def test_unknown_numbers_are_null(folder: Path) -> None:
     assert summary["kl"] is summary["reward_model_accuracy"] is summary["seconds"] is None
 
 
-def test_without_a_judge_the_learned_reward_decides(folder: Path) -> None:
+def test_the_quickstart_s_labels_give_its_keys(folder: Path) -> None:
+    summary = run(folder, **QUICKSTART)
+    assert set(summary) == SUMMARY_KEYS | {"sft_gold_reward", "remax_gold_reward"}
+    assert summary["sft_gold_reward"] == 0.0
+    assert summary["remax_gold_reward"] == pytest.approx(1.25)
+
+
+def test_without_a_judge_nothing_speaks_of_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{key: value for key, value in make_row(index).items() if "judge" not in key} for index in range(4)]
     write_rows(folder / "responses.jsonl", rows)
-    summary = run(folder)
-    assert summary["sft_gold_reward"] == 20.0
-    assert summary["remax_gold_reward"] == 11.5
-    assert summary["win_rate"] == 0.0
+    summary = run(folder, **QUICKSTART)
+    assert set(summary) == SUMMARY_KEYS
+    assert (summary["reference_reward"], summary["policy_reward"]) == (20.0, 11.5)
+    assert "gold" not in capsys.readouterr().out.lower()
+
+
+def test_wins_are_those_that_the_test_run_has_decided(folder: Path) -> None:
+    wins = [1.0, 0.5, float("nan"), None]  # whatever the scores say; NaN and null are no comparison
+    write_rows(folder / "responses.jsonl", [{**make_row(index), "win_rate": win} for index, win in enumerate(wins)])
+    assert run(folder)["win_rate"] == 0.75
+
+
+def test_rows_without_a_win_rate_say_what_to_do(folder: Path) -> None:
+    rows = [{key: value for key, value in make_row(index).items() if key != "win_rate"} for index in range(4)]
+    write_rows(folder / "responses.jsonl", rows)
+    with pytest.raises(ValueError, match=r"line 1 of .* lacks win_rate; run `python cli.py test` again.*kl_coef"):
+        run(folder)
+
+
+def test_the_run_s_folder_is_enough(folder: Path) -> None:
+    (folder / "responses.jsonl").rename(folder / "remax" / "responses.jsonl")
+    report(str(folder / "remax"))
+    assert {"summary.json", "reward.png"} <= {path.name for path in (folder / "remax").iterdir()}
 
 
 def test_table_and_samples_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, num_samples=2)
     printed = capsys.readouterr().out
-    assert "Gold reward" in printed
-    assert "75.0%" in printed
+    for text in ("Reference", "Policy", "Judge reward", "75.0%", "[bold]number 1[/bold]"):
+        assert text in printed
+    assert not any(word in printed for word in ("SFT", "ReMax", "old reward"))
     assert printed.count("Tell me about") == 2
-    assert "[bold]number 1[/bold]" in printed
-    run(folder, num_samples=0)
-    assert "Tell me about" not in capsys.readouterr().out
+    run(folder, num_samples=0, **QUICKSTART)
+    printed = capsys.readouterr().out
+    assert "Tell me about" not in printed
+    for text in ("SFT", "ReMax", "Gold reward"):
+        assert text in printed
 
 
 def test_plot_is_an_image_with_ink(folder: Path) -> None:
@@ -117,10 +152,10 @@ def test_missing_files_are_named(folder: Path, missing: str) -> None:
 def test_broken_responses_are_located(folder: Path) -> None:
     path = folder / "responses.jsonl"
     write_rows(path, [make_row(0), {"prompt": "Who?"}])
-    with pytest.raises(ValueError, match=r"Line 2 of .*responses.jsonl.*reference_response"):
+    with pytest.raises(ValueError, match=r"line 2 of .*responses.jsonl lacks response, reference_response"):
         run(folder)
     path.write_text("not json\n")
-    with pytest.raises(ValueError, match=r"Line 1 of .*responses.jsonl must be a JSON object"):
+    with pytest.raises(ValueError, match=r"line 1 of .*responses.jsonl must be a JSON object"):
         run(folder)
     path.write_text("")
     with pytest.raises(ValueError, match=r"responses.jsonl must hold at least one response"):
@@ -131,3 +166,16 @@ def test_a_run_without_rewards_is_refused(folder: Path) -> None:
     write_metrics(folder / "remax", 11, "step,train/loss\n1,2\n")
     with pytest.raises(ValueError, match=r"version_11.*train/reward"):
         run(folder)
+
+
+def test_a_run_without_a_csv_logger_is_named(folder: Path) -> None:
+    for path in (folder / "remax").rglob("metrics.csv"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"remax/logs/version_\*/metrics.csv; .*logged by a CSVLogger"):
+        run(folder)
+
+
+def test_a_plot_without_a_judge_has_the_held_out_reward(folder: Path) -> None:
+    write_metrics(folder / "remax", 11, "step,val/reward\n1,2\n2,3\n")
+    run(folder)
+    assert (folder / "out" / "reward.png").is_file()

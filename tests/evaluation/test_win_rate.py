@@ -6,10 +6,6 @@ import pytest
 from remax_lightning.evaluation.win_rate import win_rate
 
 
-def scores(wins: int, losses: int) -> tuple[list[float], list[float]]:
-    return [1.0] * wins + [0.0] * losses, [0.5] * (wins + losses)
-
-
 # statsmodels.stats.proportion.proportion_confint(k, n, method="wilson"), and Newcombe 1998, table I, method 3
 @pytest.mark.parametrize(
     ("wins", "count", "low", "high"),
@@ -22,7 +18,7 @@ def scores(wins: int, losses: int) -> tuple[list[float], list[float]]:
     ],
 )
 def test_interval_has_published_values(wins: int, count: int, low: float, high: float) -> None:
-    result = win_rate(*scores(wins, count - wins))
+    result = win_rate([1.0] * wins + [0.0] * (count - wins))
     assert result.rate == pytest.approx(wins / count)
     assert result.low == pytest.approx(low, abs=6e-5)
     assert result.high == pytest.approx(high, abs=6e-5)
@@ -34,33 +30,29 @@ def test_interval_covers_the_true_rate(rate: float) -> None:
     rng = random.Random(0)
     covered = 0
     for _ in range(2000):
-        wins = sum(rng.random() < rate for _ in range(100))
-        result = win_rate(*scores(wins, 100 - wins))
+        result = win_rate([float(rng.random() < rate) for _ in range(100)])
         covered += result.low <= rate <= result.high
     assert 0.93 < covered / 2000 < 0.97
 
 
 def test_ties_count_one_half() -> None:
-    assert win_rate([1.0, 2.0], [1.0, 2.0]).rate == 0.5
-    assert win_rate([1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 5.0, 1.0]).rate == 0.625
+    assert win_rate([0.5, 0.5]).rate == 0.5
+    assert win_rate([0.5, 1.0, 0.0, 1.0]).rate == 0.625
 
 
 def test_swapped_models_mirror_the_interval() -> None:
-    first, second = [0.0, 1.0, 2.0, 3.0, 3.0], [1.0, 0.0, 0.0, 3.0, 1.0]
-    ahead, behind = win_rate(first, second), win_rate(second, first)
+    wins = [0.0, 1.0, 1.0, 0.5, 1.0]
+    ahead, behind = win_rate(wins), win_rate([1 - win for win in wins])
     assert ahead.rate == pytest.approx(1 - behind.rate)
     assert ahead.low == pytest.approx(1 - behind.high)
 
 
-def test_pairs_that_are_not_finite_are_left_out() -> None:
-    result = win_rate([1.0, math.nan, math.inf, 0.0], [0.0, 0.0, 0.0, math.nan])
+def test_rows_without_a_comparison_are_left_out() -> None:
+    result = win_rate([1.0, math.nan, math.nan])
     assert (result.rate, result.num_comparisons) == (1.0, 1)
 
 
-def test_errors_say_what_came() -> None:
-    with pytest.raises(ValueError, match="2 scores and 1 reference"):
-        win_rate([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="none of the 1 pairs"):
-        win_rate([math.nan], [1.0])
-    with pytest.raises(ValueError, match="none of the 0 pairs"):
-        win_rate([], [])
+@pytest.mark.parametrize(("wins", "count"), [([], 0), ([math.nan], 1)])
+def test_no_comparison_is_an_error(wins: list[float], count: int) -> None:
+    with pytest.raises(ValueError, match=f"none of {count} rows has one"):
+        win_rate(wins)

@@ -22,7 +22,7 @@ from remax_lightning.models import head
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import ReMax
 from remax_lightning.rewards import Reward
-from remax_lightning.rollout import Sampling
+from remax_lightning.rollout import Sampling, TransformersEngine
 
 METRICS = {
     "reward",
@@ -44,16 +44,6 @@ METRICS = {
     "steps_skipped",
     "learning_rate",
 }
-
-
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "other", seed=1)
 
 
 def start(policy: str) -> dict[str, Tensor]:
@@ -202,7 +192,7 @@ def test_a_reward_that_fails_once_costs_one_step(policy: str, tmp_path: Path) ->
     module = tiny.remax(policy, Failing({1}, *[[1.0, 3.0, 0.0, 0.0]] * 3), optimizer=adam())
     snapshots = Snapshots()
     data = tiny.prompt_data(tmp_path, rows("", ""), batch_size=2)
-    with pytest.warns(match="failed for 4 responses, their rows are dropped: ConnectionError: the reward's server"):
+    with pytest.warns(match="failed for 4 responses; their rows are dropped: ConnectionError: the reward's server"):
         history = tiny.fit(module, data, tmp_path, steps=2, callbacks=[snapshots])
     assert history["train/rows_dropped"] == [0.0, 2.0, 0.0]
     assert history["train/steps_skipped"] == [0.0, 1.0, 0.0]
@@ -420,7 +410,7 @@ def test_bf16_mixed_trains_float32_weights(policy: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"kl_coef": -0.1}, "kl_coef must be 0"),
-        ({"missing_stop_penalty": -1.0}, "missing_stop_penalty is taken from the reward"),
+        ({"missing_stop_penalty": -1.0}, "missing_stop_penalty is subtracted from the reward"),
         ({"warmup_fraction": 1.0}, "warmup_fraction"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
@@ -531,18 +521,20 @@ def test_equal_responses_to_a_prompt_are_scored_once(policy: str, tmp_path: Path
     assert history["train/reward"] == history["train/baseline_reward"] == [pytest.approx(sum(call["rewards"]) / 5)]
 
 
+class Drifting(TransformersEngine):
+    """Says of each token that it was less probable than it was."""
+
+    def sample_and_greedy(self, *args: Any, **options: Any) -> Any:
+        samples, greedy = super().sample_and_greedy(*args, **options)
+        return replace(samples, log_probs=samples.log_probs - 0.01), greedy
+
+
 @pytest.mark.parametrize(("limit", "skipped"), [(None, 0.0), (1e-3, 1.0), (10.0, 0.0)])
 def test_a_step_whose_sampler_drifts_beyond_the_limit_is_skipped(
     policy: str, tmp_path: Path, limit: float | None, skipped: float
 ) -> None:
     module = tiny.remax(policy, max_log_prob_drift=limit)
-    generate = module.engine.generate
-
-    def drifting(*args: Any, **options: Any) -> Any:
-        sampled, greedy = generate(*args, **options)
-        return replace(sampled, log_probs=sampled.log_probs - 0.01), greedy
-
-    module.engine = SimpleNamespace(generate=drifting)
+    module.engine = Drifting()
     history = tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, limit_train_batches=1, max_epochs=1)
     assert history["train/log_prob_drift"] == [pytest.approx(0.01, rel=1e-2)]
     assert history["train/steps_skipped"] == [skipped]
@@ -571,7 +563,7 @@ def test_a_step_never_has_the_logits_of_all_tokens(policy: str, tmp_path: Path, 
     module = tiny.remax(policy, kl_coef=0.1, sampling=Sampling(40), seed=3)
     module.configure_model()
     vocabulary = 4096
-    for model in (module.policy, module.reference):
+    for model in (module.policy, module.reference.model):
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
         if method == "plain":
             head._has_plain_head[model] = False

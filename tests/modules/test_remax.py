@@ -12,22 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from remax_lightning.data import PromptDataModule
+from remax_lightning.models import reference as references
 from remax_lightning.models.source import ModelSource
-from remax_lightning.modules import scored_policy
 from remax_lightning.rewards import FunctionReward
 from remax_lightning.rollout import Rollout, Sampling, TransformersEngine
 
 LENGTH = 12
-
-
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "other", seed=1)
 
 
 def responses(rollout: Rollout) -> list[list[int]]:
@@ -67,10 +57,9 @@ def gradient_by_hand(
             "prompt_mask": torch.ones(1, len(ids), dtype=torch.bool),
             "prompt_index": torch.tensor([index]),
         }
-        sampled, greedy = TransformersEngine().generate(
+        sampled, greedy = TransformersEngine().sample_and_greedy(
             model, batch, sampling, stop_token_ids=STOPS, greedy_max_new_tokens=greedy_max_new_tokens, seed=seed
         )
-        assert greedy is not None
         baseline = worth(responses(greedy)[0])
         for tokens in responses(sampled):
             advantage = worth(tokens) - baseline
@@ -170,7 +159,7 @@ def test_without_kl_coef_no_reference_is_loaded(policy: str, tmp_path: Path, mon
     def refuse(*args: object) -> None:
         raise AssertionError("a reference was loaded")
 
-    monkeypatch.setattr(scored_policy, "frozen_copy", refuse)
+    monkeypatch.setattr(references, "frozen_copy", refuse)
     module = tiny.remax(policy)
     history = tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path)
     assert module.reference is None
@@ -187,11 +176,11 @@ def test_the_reference_stays_as_it_is(policy: str, other: str, tmp_path: Path, g
     module = tiny.remax(policy, kl_coef=0.1, reference=ModelSource(path=other) if given else None)
     module.configure_model()
     assert module.reference is not None
-    before = tiny.weights(module.reference)
+    before = tiny.weights(module.reference.model)
     history = tiny.fit(module, tiny.prompt_data(tmp_path), tmp_path, steps=3)
-    assert tiny.are_equal(before, tiny.weights(module.reference))
+    assert tiny.are_equal(before, tiny.weights(module.reference.model))
     assert not tiny.are_equal(before, tiny.weights(module.policy))
-    assert not any(parameter.requires_grad for parameter in module.reference.parameters())
+    assert not any(parameter.requires_grad for parameter in module.reference.model.parameters())
     assert not any(name.startswith("reference") for name in module.state_dict())
     assert abs(history["train/kl"][0]) < 1e-4 if not given else abs(history["train/kl"][0]) > 0.1
     assert abs(history["train/kl"][2]) > 1e-3
@@ -210,7 +199,7 @@ def test_kl_is_that_of_the_sampled_responses(policy: str, other: str, tmp_path: 
             "prompt_mask": torch.ones(1, len(ids)),
             "prompt_index": torch.tensor([index]),
         }
-        sampled, _ = TransformersEngine().generate(model, batch, Sampling(LENGTH), stop_token_ids=STOPS)
+        sampled = TransformersEngine().sample(model, batch, Sampling(LENGTH), stop_token_ids=STOPS)
         tokens = responses(sampled)[0]
         with torch.no_grad():
             values.append(

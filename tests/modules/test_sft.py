@@ -19,11 +19,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
-
-
 def demonstrations(folder: Path, rows: list[dict[str, str]] = ROWS, **options: Any) -> DemonstrationDataModule:
     path = tiny.write_rows(folder / "demonstrations.jsonl", rows)
     return DemonstrationDataModule(**{"train": path, "batch_size": len(rows), **options})

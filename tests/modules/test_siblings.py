@@ -13,13 +13,11 @@ from remax_lightning.callbacks import Checkpoint
 from remax_lightning.functional.log_probs import kl_k3
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import PPO, RLOO, KLControl, PolicyGradientModule, Reinforce, ReMax
+from remax_lightning.modules import ppo as ppo_module
+from remax_lightning.modules.baseline import BaselineModule
+from remax_lightning.modules.ppo import minibatches
 from remax_lightning.rewards import FunctionReward, ModelReward
 from remax_lightning.rollout import Rollout, Sampling
-
-
-@pytest.fixture
-def policy(tmp_path: Path) -> str:
-    return tiny.save_model(tmp_path / "policy")
 
 
 @pytest.fixture
@@ -65,13 +63,12 @@ def trained(given: Any, folder: Path, steps: int = 1, **options: Any) -> tuple[d
     return tiny.difference(before, tiny.weights(given.policy)), history
 
 
-class Known(ReMax):
+class Known(BaselineModule):
     """Baselines that a test gives."""
 
     def collect(self, batch: dict[str, Any]) -> Rollout:
-        sampled, _ = self.generate(batch, greedy=False)
-        (rewards,) = self.score(batch, sampled)
-        return replace(sampled, rewards=rewards, baselines=self.given(rewards))
+        rollout = super().collect(batch)
+        return replace(rollout, baselines=self.given(rollout.rewards))
 
 
 def known(policy: str, baselines: Any, **options: Any) -> Known:
@@ -89,7 +86,7 @@ def test_rloo_compares_with_the_other_responses_of_the_prompt(policy: str, tmp_p
 
 
 def test_rloo_needs_two_samples(policy: str) -> None:
-    with pytest.raises(ValueError, match="num_samples must be at least 2 for a leave-one-out baseline, got 1"):
+    with pytest.raises(ValueError, match=r"RLOO compares .*; model.sampling.num_samples must be at least 2, got 1"):
         module(RLOO, policy, sampling=Sampling(max_new_tokens=4))
 
 
@@ -219,13 +216,30 @@ def test_several_optimizer_steps_on_each_rollout(policy: str, tmp_path: Path) ->
     ]
 
 
-def test_minibatches_have_every_row_once(policy: str) -> None:
-    given = ppo(policy, num_minibatches=3)
-    rows = given.minibatches(8, step=5, epoch=1)
-    assert sorted(torch.cat(rows).tolist()) == list(range(8))
-    assert len(rows) == 3
-    assert [each.tolist() for each in rows] == [each.tolist() for each in given.minibatches(8, 5, 1)]
-    assert [each.tolist() for each in rows] != [each.tolist() for each in given.minibatches(8, 5, 0)]
+def test_minibatches_have_every_row_once_in_an_order_of_seed_step_and_epoch() -> None:
+    def order(*key: int) -> list[list[int]]:
+        return [rows.tolist() for rows in minibatches(8, 3, *key)]
+
+    assert sorted(row for rows in order(7, 5, 1) for row in rows) == list(range(8))
+    assert len(order(7, 5, 1)) == 3
+    assert order(7, 5, 1) == order(7, 5, 1)
+    for other in ((8, 5, 1), (7, 6, 1), (7, 5, 0)):
+        assert order(*other) != order(7, 5, 1)
+
+
+def test_minibatches_have_another_order_at_each_step(policy: str, tmp_path: Path) -> None:
+    asked: list[list[list[int]]] = []
+
+    def recorded(*arguments: int) -> list[Tensor]:
+        rows = minibatches(*arguments)
+        asked.append([each.tolist() for each in rows])
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_module, "minibatches", recorded)
+        tiny.fit(ppo(policy, num_minibatches=2, num_epochs=2), tiny.prompt_data(tmp_path), tmp_path, steps=12)
+    assert len(asked) == 6  # two epochs of three batches
+    assert len({str(each) for each in asked}) > 3
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
@@ -336,7 +350,7 @@ def test_an_adapted_weight_is_resumed(policy: str, tmp_path: Path) -> None:
 
     whole = run("whole")
     resumed = run("resumed", ckpt_path=str(tmp_path / "whole" / "step=1.ckpt"))
-    assert resumed.kl_weight == whole.kl_weight == pytest.approx(0.5 * 1.02**3)
+    assert resumed.kl_controller.weight == whole.kl_controller.weight == pytest.approx(0.5 * 1.02**3)
     assert tiny.are_equal(tiny.weights(resumed.policy), tiny.weights(whole.policy))
 
 

@@ -270,7 +270,7 @@ def test_a_reward_that_is_no_model_takes_nothing(recipe: Callable[..., Recipe], 
     [
         (["--model.micro_batch_sise", "4"], "micro_batch_sise"),
         (["--model.policy.architecture", "null"], "give model.policy.architecture"),
-        (["--trainer.strategy", "deepspeed"], "auto, ddp and fsdp2, got deepspeed"),
+        (["--trainer.strategy", "deepspeed"], "must be auto, ddp or fsdp2, got deepspeed"),
         (["--trainer.precision", "bf16-mixed"], "under fsdp2 trainer.precision must be 32-true"),
         (["--gpus", "0"], "gpus must be at least 1, got 0"),
         (["--gpu_memory", "2"], "gpu_memory"),

@@ -1,5 +1,6 @@
 """A whole step of ReMax takes what its plan says, measured on the CPU."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Endless(ReMax):
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.stop_token_ids = [10**6]
+        self.responder = replace(self.responder, stop_token_ids=[10**6])
+        self.collector = replace(self.collector, responder=self.responder)
 
 
 class SecondStep(Callback):

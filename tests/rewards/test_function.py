@@ -1,10 +1,11 @@
 import math
+from pathlib import Path
 
 import pytest
 import reward_functions
 import torch
 
-from remax_lightning.rewards import FunctionReward
+from remax_lightning.rewards import FunctionReward, as_reward
 
 
 def test_scores_are_the_functions() -> None:
@@ -34,8 +35,8 @@ def test_messages_are_given_as_they_stand() -> None:
 
 
 def test_a_named_column_that_the_data_lacks_is_an_error() -> None:
-    with pytest.raises(TypeError, match="answer"):
-        FunctionReward("reward_functions.matches")(["p"], ["yes"])
+    with pytest.raises(ValueError, match=r"needs the columns answer, .* it has prompts, responses, topic"):
+        FunctionReward("reward_functions.matches")(["p"], ["yes"], topic=["a"])
 
 
 def test_none_becomes_not_a_number() -> None:
@@ -53,9 +54,9 @@ def test_a_wrong_number_of_rewards_is_refused() -> None:
     ("path", "message"),
     [
         ("no_such_module.reward", "no_such_module.reward cannot be imported: No module named 'no_such_module'"),
-        ("reward_functions.no_such_function", "no_such_function"),
-        ("reward_functions.not_a_function", "named by its import path"),
-        ("exact_match", "named by its import path"),
+        ("reward_functions.no_such_function", "reward_functions has no no_such_function"),
+        ("reward_functions.not_a_function", "is given as my_rewards.exact_match or path/to/file.py:exact_match"),
+        ("exact_match", "is given as my_rewards.exact_match or path/to/file.py:exact_match"),
         ("reward_functions.without_prompts", "needs the parameters prompts and responses"),
         ("os.system", "needs the parameters prompts and responses"),
         ("builtins.dict", "no Python function with the parameters prompts and responses"),
@@ -63,4 +64,50 @@ def test_a_wrong_number_of_rewards_is_refused() -> None:
 )
 def test_what_is_no_reward_function_is_refused(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FunctionReward(path)
+        FunctionReward(path).check()
+
+
+def test_a_function_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "my_rewards.py"
+    file.write_text("def length(prompts, responses):\n    return [len(each) for each in responses]\n")
+    assert FunctionReward(f"{file}:length")(["p", "q"], ["abc", ""]).tolist() == [3.0, 0.0]
+    with pytest.raises(ValueError, match=r"cannot be imported: .*my_rewards.py has no other"):
+        FunctionReward(f"{file}:other").check()
+    with pytest.raises(ValueError, match=r"cannot be imported: .*No such file"):
+        FunctionReward(f"{tmp_path}/missing.py:length").check()
+
+
+def test_a_function_itself() -> None:
+    reward = as_reward(lambda prompts, responses: [len(each) for each in responses])
+    assert isinstance(reward, FunctionReward)
+    assert reward(["p"], ["abc"], answer=["x"]).tolist() == [3.0]
+    assert as_reward(reward) is reward
+
+    class Worth:
+        def __call__(self, prompts: list[str], responses: list[str], answer: list[str]) -> list[bool]:
+            return [response == right for response, right in zip(responses, answer, strict=True)]
+
+    assert as_reward(Worth())(["p", "q"], ["yes", "no"], answer=["yes", "yes"]).tolist() == [1.0, 0.0]
+    with pytest.raises(TypeError, match="a reward is a Reward or a function of prompts and responses, got str"):
+        as_reward("my_rewards.length")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, r"must return a list of 2 numbers, got NoneType"),
+        ({"a": [1, 2], "b": [3, 4], "c": [5, 6]}, "must return one reward a response: 2, got 3"),
+        ([{"a": 1}, {"a": 2}], "must return a number for each response, got a dict"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_refused(returned: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FunctionReward(lambda prompts, responses: returned)(["p", "q"], ["a", "b"])
+
+
+def test_an_async_function_is_refused() -> None:
+    async def length(prompts: list[str], responses: list[str]) -> list[float]:
+        return [0.0 for _ in responses]
+
+    with pytest.raises(ValueError, match="length must return a list of 1 numbers, got coroutine"):
+        FunctionReward(length)(["p"], ["a"])

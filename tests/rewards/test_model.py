@@ -250,7 +250,7 @@ def test_a_causal_language_model_with_one_label_is_refused(tmp_path: Path) -> No
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        ModelReward(str(tmp_path / "nothing"))
+        ModelReward(str(tmp_path / "nothing")).check()
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_length": 0}, {"max_length": -1}])

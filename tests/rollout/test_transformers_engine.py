@@ -32,10 +32,10 @@ def generate(
     model: PreTrainedModel, batch: dict[str, Tensor], max_new_tokens: int = 24, **options: object
 ) -> tuple[list[list[int]], list[list[int]]]:
     values = {"max_new_tokens": max_new_tokens, **{k: options.pop(k) for k in ("num_samples",) if k in options}}
-    sampled, greedy = TransformersEngine().generate(
+    sampled, greedy = TransformersEngine().sample_and_greedy(
         model, batch, Sampling(**values), **{"stop_token_ids": STOPS, **options}
     )
-    return texts(sampled), texts(greedy) if greedy is not None else []
+    return texts(sampled), texts(greedy)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -69,7 +69,7 @@ def test_pad_equal_to_a_stop_token_changes_nothing() -> None:
 
 def test_stop_tokens_end_a_response_and_belong_to_it() -> None:
     model, batch = tiny.language_model(), prompts([4] * 16)
-    sampled, greedy = TransformersEngine().generate(model, batch, Sampling(24), stop_token_ids=STOPS)
+    sampled, greedy = TransformersEngine().sample_and_greedy(model, batch, Sampling(24), stop_token_ids=STOPS)
     assert greedy is not None
     for rollout in (sampled, greedy):
         for response, truncated in zip(texts(rollout), rollout.truncated.tolist(), strict=True):
@@ -105,7 +105,8 @@ def test_responses_depend_on_seed_step_sample_and_prompt_index() -> None:
 
 def test_sampled_rows_do_not_depend_on_the_greedy_ones() -> None:
     model, batch = tiny.language_model(scale=3.0), prompts([3, 11, 6])
-    assert generate(model, batch)[0] == generate(model, batch, greedy=False)[0]
+    alone = TransformersEngine().sample(model, batch, Sampling(24), stop_token_ids=STOPS)
+    assert generate(model, batch)[0] == texts(alone)
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -120,7 +121,7 @@ def test_the_global_generator_is_left_alone() -> None:
 def test_the_samplers_log_probs_are_those_of_the_training_forward(architecture: str, temperature: float) -> None:
     model, batch = tiny.language_model(architecture, scale=3.0), prompts([3, 11, 6, 1])
     sampling = Sampling(16, temperature=temperature, num_samples=2)
-    rollout, _ = TransformersEngine().generate(model, batch, sampling, stop_token_ids=STOPS)
+    rollout = TransformersEngine().sample(model, batch, sampling, stop_token_ids=STOPS)
     logits = response_logits(
         model, rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask
     )
@@ -134,9 +135,7 @@ def test_the_samplers_log_probs_are_those_of_the_training_forward(architecture: 
 def test_samples_follow_the_policy() -> None:
     model, batch = tiny.language_model(scale=3.0), prompts([5])
     count = 20_000
-    rollout, _ = TransformersEngine().generate(
-        model, batch, Sampling(1, num_samples=count), stop_token_ids=STOPS, greedy=False
-    )
+    rollout = TransformersEngine().sample(model, batch, Sampling(1, num_samples=count), stop_token_ids=STOPS)
     observed = torch.bincount(rollout.response_ids[:, 0], minlength=tiny.VOCABULARY) / count
     expected = model(batch["prompt_ids"]).logits[0, -1].softmax(-1)
     assert (observed - expected).abs().max() < 4 * 0.5 / count**0.5
@@ -146,7 +145,7 @@ def test_samples_follow_the_policy() -> None:
 def test_top_k_and_top_p_keep_the_most_probable_tokens(option: str, value: float) -> None:
     model, batch = tiny.language_model(scale=2.0), prompts([5])
     sampling = Sampling(1, num_samples=4000, **{option: value})
-    rollout, _ = TransformersEngine().generate(model, batch, sampling, stop_token_ids=STOPS)
+    rollout = TransformersEngine().sample(model, batch, sampling, stop_token_ids=STOPS)
     probabilities, tokens = model(batch["prompt_ids"]).logits[0, -1].softmax(-1).sort(descending=True)
     size = int(value) if option == "top_k" else int((probabilities.cumsum(0) < value).sum()) + 1
     assert set(rollout.response_ids[:, 0].tolist()) == set(tokens[:size].tolist())
@@ -203,7 +202,7 @@ def test_refusals() -> None:
     ("values", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"max_new_tokens": 4, "temperature": 0.0}, "temperature must be positive"),
+        ({"max_new_tokens": 4, "temperature": 0.0}, "temperature must be > 0"),
         ({"max_new_tokens": 4, "top_p": 0.0}, "top_p must be in"),
         ({"max_new_tokens": 4, "top_k": -1}, "top_k must be 0"),
         ({"max_new_tokens": 4, "num_samples": 0}, "num_samples must be at least 1, got 0"),
@@ -216,7 +215,7 @@ def test_sampling_refuses_values_out_of_range(values: dict[str, float], message:
 
 def test_rows_leave_out_common_padding() -> None:
     model, batch = tiny.language_model(), prompts([3, 11, 6])
-    rollout, _ = TransformersEngine().generate(model, batch, Sampling(24), stop_token_ids=STOPS)
+    rollout = TransformersEngine().sample(model, batch, Sampling(24), stop_token_ids=STOPS)
     part = rollout.rows(torch.tensor([0, 2]))
     assert part.prompt_ids.shape[1] == 6
     assert part.response_ids.shape[1] == int(rollout.lengths[[0, 2]].max())
@@ -231,12 +230,14 @@ def test_the_step_of_constant_shape_gives_the_same_responses(
     monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: next_logits.decoding_step)
     model, batch, engine = tiny.language_model(architecture), prompts(lengths), TransformersEngine(compile=True)
     sampling = Sampling(24, num_samples=2)
-    expected = TransformersEngine().generate(model, batch, sampling, stop_token_ids=STOPS)
+    expected = TransformersEngine().sample_and_greedy(model, batch, sampling, stop_token_ids=STOPS)
     for _ in range(2):  # the second time in the cache of the first
-        for rollout, other in zip(engine.generate(model, batch, sampling, stop_token_ids=STOPS), expected, strict=True):
+        for rollout, other in zip(
+            engine.sample_and_greedy(model, batch, sampling, stop_token_ids=STOPS), expected, strict=True
+        ):
             assert texts(rollout) == texts(other)
     assert len(engine.caches) == 1
-    rollout = engine.generate(model, batch, sampling, stop_token_ids=STOPS)[0]
+    rollout = engine.sample_and_greedy(model, batch, sampling, stop_token_ids=STOPS)[0]
     torch.testing.assert_close(rollout.log_probs, expected[0].log_probs, atol=1e-4, rtol=0)
 
 
@@ -250,7 +251,7 @@ def test_the_compiled_step_is_compiled_a_few_times_only(monkeypatch: pytest.Monk
     model, batch = tiny.language_model(), prompts([3, 11, 6, 4, 9, 2])
     engine, lengths = TransformersEngine(compile=True), []
     for number in range(3):
-        for rollout in engine.generate(model, batch, Sampling(40), stop_token_ids=STOPS, step=number):
+        for rollout in engine.sample_and_greedy(model, batch, Sampling(40), stop_token_ids=STOPS, step=number):
             lengths += rollout.lengths.tolist()
     assert len(set(lengths)) > 5
     assert 1 <= counters["stats"]["unique_graphs"] <= 4  # all rows, half of them, ...

@@ -1,0 +1,81 @@
+"""A policy as what answers prompts: engine, tokenizer, stop tokens and the key of its random numbers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remax_lightning.models.parallelize import gathered
+from remax_lightning.rollout.engine import RolloutEngine
+from remax_lightning.rollout.types import Responses, Samples, Sampling
+
+
+@dataclass(frozen=True)
+class Responder:
+    """Draws responses of a policy and reads them as text.
+
+    Args:
+        engine: What decodes.
+        tokenizer: The policy's tokenizer.
+        stop_token_ids: Tokens that end a response.
+        seed: Key of all samples: they are a function of the weights, this seed, the step and the prompt.
+    """
+
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: list[int]
+    seed: int
+
+    def sample(self, policy: PreTrainedModel, batch: dict[str, Any], sampling: Sampling, *, step: int = 0) -> Samples:
+        """Sampled responses to a batch of prompts; see :meth:`RolloutEngine.sample`."""
+        with gathered(policy):
+            return self.engine.sample(
+                policy, batch, sampling, stop_token_ids=self.stop_token_ids, seed=self.seed, step=step
+            )
+
+    def sample_and_greedy(
+        self,
+        policy: PreTrainedModel,
+        batch: dict[str, Any],
+        sampling: Sampling,
+        *,
+        step: int = 0,
+        greedy_max_new_tokens: int | None = None,
+    ) -> tuple[Samples, Responses]:
+        """Sampled responses and the greedy ones; see :meth:`RolloutEngine.sample_and_greedy`."""
+        with gathered(policy):
+            return self.engine.sample_and_greedy(
+                policy,
+                batch,
+                sampling,
+                stop_token_ids=self.stop_token_ids,
+                greedy_max_new_tokens=greedy_max_new_tokens,
+                seed=self.seed,
+                step=step,
+            )
+
+    def texts(self, responses: Responses) -> list[str]:
+        """The responses as text, without special tokens."""
+        rows = zip(responses.response_ids, responses.response_mask, strict=True)
+        ids = [tokens[mask].tolist() for tokens, mask in rows]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def rows(self, policy: PreTrainedModel, batch: dict[str, Any], sampling: Sampling) -> list[dict[str, Any]]:
+        """A row for each prompt: the data's columns, a sampled response and the greedy one."""
+        samples, greedy = self.sample_and_greedy(policy, batch, sampling)
+        responses = zip(self.texts(samples), self.texts(greedy), strict=True)
+        return [
+            {**row, "response": response, "greedy_response": greedy_response}
+            for row, (response, greedy_response) in zip(as_rows(raw_columns(batch)), responses, strict=True)
+        ]
+
+
+def raw_columns(batch: dict[str, Any]) -> dict[str, list[Any]]:
+    """The columns of a batch that are as the data has them: all that are not tensors."""
+    return {name: column for name, column in batch.items() if not isinstance(column, Tensor)}
+
+
+def as_rows(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Columns of equal length as rows."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
