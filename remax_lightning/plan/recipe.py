@@ -12,6 +12,7 @@ from remax_lightning.models.lora import LoRA
 from remax_lightning.models.source import ModelSource
 from remax_lightning.plan.models import ModelSpec, Optimizer, import_class
 from remax_lightning.rollout.types import Sampling
+from remax_lightning.supported import check_supported
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,6 @@ def read(config: Mapping[str, Any], gpus: int) -> Recipe:
     )
     if model.source.quantization is not None:
         raise ValueError(f"plan does not know what weights in {model.source.quantization} take; set it to null")
-    if config["trainer"]["precision"] == "bf16-true":
-        model = replace(model, source=replace(model.source, dtype="bfloat16"))
     recipe = Recipe(
         name=module_class.__name__,
         model=model,
@@ -200,20 +199,16 @@ def read_layout(trainer: Mapping[str, Any], gpus: int) -> Layout:
     """How a trainer would spread a run over GPUs.
 
     Raises:
-        ValueError: If the strategy or the precision is not one whose memory is known.
+        ValueError: If the strategy or the precision is refused, or does not fit the number of GPUs.
     """
-    strategy, precision = trainer["strategy"], str(trainer["precision"])
+    strategy = trainer["strategy"]
     given: Mapping[str, Any] = strategy if isinstance(strategy, Mapping) else {"class_path": strategy}
-    name, arguments = _name(given), given.get("init_args") or {}
-    if precision not in ("None", "32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
-        raise ValueError(f"plan knows the precisions 32-true, bf16-mixed and bf16-true, got {precision}")
-    autocast = precision in ("bf16", "bf16-mixed")
-    if name in ("fsdp2", "FSDP2Strategy"):
+    arguments = given.get("init_args") or {}
+    kind, precision = check_supported(_name(given), trainer["precision"])
+    if kind == "fsdp2":
         replicas = arguments.get("replicas", 1)
         if gpus % replicas:
             raise ValueError(f"replicas must divide the number of GPUs, {gpus}, got replicas={replicas}")
-        if precision.startswith("bf16"):
-            raise ValueError(f"under fsdp2 trainer.precision must be 32-true, got {precision}")
         return Layout(
             gpus,
             shards=gpus // replicas,
@@ -221,11 +216,9 @@ def read_layout(trainer: Mapping[str, Any], gpus: int) -> Layout:
             offload_frozen=arguments.get("offload_frozen", False),
             sync_every_micro_batch=arguments.get("sync_every_micro_batch", False),
         )
-    if name == "auto" and gpus == 1:
-        return Layout(gpus, autocast=autocast)
-    if name == "auto" or name.startswith(("ddp", "DDP")):
-        return Layout(gpus, autocast=autocast, has_buckets=not arguments.get("gradient_as_bucket_view", False))
-    raise ValueError(f"plan knows the strategies auto, ddp and fsdp2, got {name}")
+    is_ddp = kind == "ddp" or gpus > 1
+    has_buckets = is_ddp and not arguments.get("gradient_as_bucket_view", False)
+    return Layout(gpus, autocast=precision == "bf16-mixed", has_buckets=has_buckets)
 
 
 def _name(given: Mapping[str, Any]) -> str:
