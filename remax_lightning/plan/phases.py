@@ -55,15 +55,15 @@ class _Step:
     def _states(self) -> dict[str, int]:
         """What is in memory all the time."""
         recipe, layout, reference = self.recipe, self.layout, self._separate_reference
-        is_compiled = recipe.engine == "compiled" and recipe.sampling is not None
         states = {
             "master weights": self.weights.masters,
             "optimizer states": self.weights.optimizer,
             "gradients": self.weights.gradients if layout.has_buckets else 0,
             "reference": 0 if reference is None else self.cache.frozen(reference, layout),
             "reward model": sum(self.cache.frozen(scorer.spec, layout) for scorer in recipe.scorers),
-            "KV cache": self._rollout_usages(recipe.sampling)[0].cache if is_compiled and recipe.sampling else 0,
         }
+        if recipe.engine == "compiled" and recipe.sampling is not None:
+            states["KV cache"] = self._rollout_usages(recipe.sampling)[0].cache
         if self.value is not None:
             _, value = self.value
             states["value model"] = value.masters + value.optimizer + (value.gradients if layout.has_buckets else 0)
@@ -71,6 +71,10 @@ class _Step:
 
     def _point(self, name: str, *parts: dict[str, int]) -> MemoryPoint:
         return MemoryPoint.of(name, self.states, *parts)
+
+    def _pass(self, name: str, gathered: int, usage: Usage, *parts: dict[str, int]) -> MemoryPoint:
+        """The peak of a pass through a model of which this many bytes are gathered."""
+        return self._point(name, {"compute copy": gathered + usage.copies, "activations": usage.peak}, *parts)
 
     @property
     def _separate_reference(self) -> ModelSpec | None:
@@ -90,12 +94,11 @@ class _Step:
         if self.recipe.engine == "other":
             return [self._point("in another engine")]
         gathered = self.cache.gathered(self.recipe.model, self.layout)
-        points = []
-        for name, usage in zip(("prefill", "decoding"), self._rollout_usages(sampling), strict=True):
-            cache = {} if self.recipe.engine == "compiled" else {"KV cache": usage.cache}
-            working = {"compute copy": gathered + usage.copies, "activations": usage.peak}
-            points.append(self._point(name, cache, working))
-        return points
+        is_kept = self.recipe.engine == "compiled"  # the cache is in memory all the time
+        return [
+            self._pass(name, gathered, usage, {"KV cache": 0 if is_kept else usage.cache})
+            for name, usage in zip(("prefill", "decoding"), self._rollout_usages(sampling), strict=True)
+        ]
 
     def _rollout_usages(self, sampling: Sampling) -> tuple[Usage, Usage]:
         recipe = self.recipe
@@ -112,18 +115,14 @@ class _Step:
                 rows = min(scorer.batch_size, recipe.decoded_rows)
                 length = min(scorer.max_length or recipe.length, recipe.length)
                 usage = self.cache.run(passes.scalar_model_scoring, scorer.spec, self.layout, rows, length)
-                points.append(self._forward("reward model", self.cache.gathered(scorer.spec, self.layout), usage))
+                points.append(self._pass("reward model", self.cache.gathered(scorer.spec, self.layout), usage))
         if recipe.has_reference:
             points.append(self._reference())
         if self.value is not None:
             spec, weights = self.value
             usage = self.cache.run(passes.scalar_model_scoring, spec, self.layout, recipe.micro_rows, recipe.length)
-            points.append(self._forward("value model", weights.working, usage))
+            points.append(self._pass("value model", weights.working, usage))
         return points or [self._point("reward")]
-
-    def _forward(self, name: str, gathered: int, usage: Usage, head: int = 0) -> MemoryPoint:
-        working = {"compute copy": gathered + usage.copies, "activations": usage.peak, "head": head}
-        return self._point(name, working)
 
     def _reference(self) -> MemoryPoint:
         recipe = self.recipe
@@ -131,7 +130,7 @@ class _Step:
         rows, learned = recipe.micro_rows, recipe.learned_length
         usage = self.cache.run(passes.language_model_scoring, spec, self.layout, rows, recipe.length, learned)
         head = self.cache.run(passes.head_scoring, spec, self.layout, rows * learned)
-        return self._forward("reference", self.cache.gathered(spec, self.layout), usage, head.peak)
+        return self._pass("reference", self.cache.gathered(spec, self.layout), usage, {"head": head.peak})
 
     def training(self) -> list[MemoryPoint]:
         """The head, the rest of the backward pass and the optimizer's step, of the policy and of the value model."""
@@ -156,11 +155,7 @@ class _Step:
         arguments = (self.recipe.micro_rows, self.recipe.length, self._gradient_size(weights))
         usage = self.cache.run(passes.scalar_model_training, spec, self.layout, *arguments)
         gradients = {"gradients": self.weights.gradients, "value model": self._in_backward(weights)}
-        return self._point(
-            "value backward",
-            gradients,
-            {"compute copy": weights.working + usage.copies, "activations": usage.peak},
-        )
+        return self._pass("value backward", weights.working, usage, gradients)
 
     def _training_usage(self) -> Usage:
         recipe, size = self.recipe, self._gradient_size(self.weights)

@@ -199,13 +199,12 @@ def read_layout(trainer: Mapping[str, Any], gpus: int) -> Layout:
     """How a trainer would spread a run over GPUs.
 
     Raises:
-        ValueError: If a run may not have the strategy or the precision.
+        ValueError: If the strategy or the precision is refused, or does not fit the number of GPUs.
     """
     strategy = trainer["strategy"]
     given: Mapping[str, Any] = strategy if isinstance(strategy, Mapping) else {"class_path": strategy}
     arguments = given.get("init_args") or {}
     kind, precision = check_supported(_name(given), trainer["precision"])
-    autocast = precision == "bf16-mixed"
     if kind == "fsdp2":
         replicas = arguments.get("replicas", 1)
         if gpus % replicas:
@@ -217,9 +216,9 @@ def read_layout(trainer: Mapping[str, Any], gpus: int) -> Layout:
             offload_frozen=arguments.get("offload_frozen", False),
             sync_every_micro_batch=arguments.get("sync_every_micro_batch", False),
         )
-    if kind == "auto" and gpus == 1:
-        return Layout(gpus, autocast=autocast)
-    return Layout(gpus, autocast=autocast, has_buckets=not arguments.get("gradient_as_bucket_view", False))
+    is_ddp = kind == "ddp" or gpus > 1
+    has_buckets = is_ddp and not arguments.get("gradient_as_bucket_view", False)
+    return Layout(gpus, autocast=precision == "bf16-mixed", has_buckets=has_buckets)
 
 
 def _name(given: Mapping[str, Any]) -> str:

@@ -31,7 +31,8 @@ from remax_lightning.models.lora import (
 from remax_lightning.models.next_token import log_probs_of, policy_gradient_of
 from remax_lightning.models.scalar_model import sequence_scores
 from remax_lightning.models.source import ModelSource
-from remax_lightning.rollout import Rollout, Sampling, TransformersEngine
+from remax_lightning.rollout import Sampling, TransformersEngine
+from remax_lightning.rollout.types import Responses, Samples
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma", "gemma2", "opt", "gpt2"]
 IDS = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])
@@ -391,25 +392,26 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     tiny.assert_close(gradients(True), gradients(False))
 
 
-def rollouts(model: PreTrainedModel) -> list[Rollout | None]:
+def rollouts(model: PreTrainedModel) -> tuple[Samples, Responses]:
     sampling = Sampling(max_new_tokens=10, num_samples=2)
-    return list(TransformersEngine().generate(model, BATCH, sampling, stop_token_ids=[1], seed=1))
+    return TransformersEngine().sample_and_greedy(model, BATCH, sampling, stop_token_ids=[1], seed=1)
 
 
 def test_the_engine_decodes_with_and_without_adapters() -> None:
     plain = freeze(tiny.language_model(scale=3.0))
     adapted = trained(tiny.language_model(scale=3.0))
-    for ours, theirs in zip(rollouts(adapted), rollouts(merged(adapted)), strict=True):
+    samples, greedy = rollouts(adapted)
+    for ours, theirs in zip((samples, greedy), rollouts(merged(adapted)), strict=True):
         assert torch.equal(ours.response_ids, theirs.response_ids)
-        values = log_probs_of(adapted, *ours.sequences()) if ours.log_probs is not None else None
-        if values is not None:
-            torch.testing.assert_close(ours.at_tokens(values), ours.log_probs, atol=1e-4, rtol=1e-4)
+    values = log_probs_of(adapted, *samples.sequences())
+    torch.testing.assert_close(samples.at_tokens(values), samples.log_probs, atol=1e-4, rtol=1e-4)
     with without_adapters(adapted):
         base = rollouts(adapted)
-    for ours, theirs in zip(base, rollouts(plain), strict=True):
+    expected = rollouts(plain)
+    for ours, theirs in zip(base, expected, strict=True):
         assert torch.equal(ours.response_ids, theirs.response_ids)
-        assert ours.log_probs is None or torch.equal(ours.log_probs, theirs.log_probs)
-    assert not torch.equal(base[0].response_ids, rollouts(adapted)[0].response_ids)
+    assert torch.equal(base[0].log_probs, expected[0].log_probs)
+    assert not torch.equal(base[0].response_ids, samples.response_ids)
 
 
 def test_a_convolution_is_adapted_across_its_transposed_weight() -> None:
