@@ -33,7 +33,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from remax_lightning import cli
-from remax_lightning.callbacks.manifest import PARTIAL_SUFFIX, SUFFIX, integrity_error, manifests, read_manifest
+from remax_lightning.checkpoints.manifest import PARTIAL_SUFFIX, SUFFIX, integrity_error, manifests, read_manifest
 from remax_lightning.data.toy import make_toy_data
 
 LIMIT = 300  # seconds for one start; far more than any takes, so that a hang is an error

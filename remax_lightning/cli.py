@@ -19,15 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax_lightning import data, modules, rewards, rollout, strategies  # noqa: F401 (known by short names)
 from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck, StepBar
-from remax_lightning.callbacks.find_checkpoint import checkpoint_folder, verified
 from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
-from remax_lightning.callbacks.resume_check import check_model, flat
-from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
+from remax_lightning.callbacks.resume_check import flat
+from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder, verified
+from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
 from remax_lightning.cli_errors import TRACEBACK, nearest, refuse, sentence, shows_traceback
 from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
+from remax_lightning.modules.fingerprint import check_model
 from remax_lightning.plan import print_plan
 from remax_lightning.rewards import RewardFunction
 
@@ -144,6 +145,8 @@ class CLI(LightningCLI):
             if shows_traceback() or (told := sentence(error)) is None:
                 raise
             self._parser(self.subcommand).error(told)
+        # of a callable the module knows no arguments; loggers want the learning rate
+        self.model.hparams["optimizer"] = self._get(self.config, "model").as_dict()["init_args"]["optimizer"]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to ``<default_root_dir>/logs`` (``validate``, ``test``, ... beside it) unless a logger is set."""

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
-from remax_lightning.callbacks.checkpoint_folder import load_folder
-from remax_lightning.callbacks.find_checkpoint import verified_on_rank_0
-from remax_lightning.callbacks.safe_checkpoint_io import safe_checkpoint_io
+from remax_lightning.checkpoints.checkpoint_folder import load_folder
+from remax_lightning.checkpoints.find_checkpoint import verified_on_rank_0
+from remax_lightning.checkpoints.safe_checkpoint_io import safe_checkpoint_io
 from remax_lightning.models.optimizer_state import keyed_by_index, keyed_by_name
 from remax_lightning.models.parallelize import Sharding
 from remax_lightning.modules.base import TrainableModule

@@ -23,13 +23,14 @@ ALLOWED = {
     "rollout": {"models", "functional"},
     "rewards": {"models", "functional"},
     "data": LOWER,
-    "modules": LOWER | {"supported"},
-    "strategies": {"callbacks", "models", "modules", "supported"},
+    "checkpoints": {"models"},
+    "modules": LOWER | {"checkpoints", "supported"},
+    "strategies": {"callbacks", "checkpoints", "models", "modules", "supported"},
     "evaluation": LOWER,
-    "callbacks": LOWER | {"modules"},
+    "callbacks": LOWER | {"checkpoints", "modules"},
     "plan": {"models", "functional", "rollout", "supported"},
 }
-LIGHTNING = {"modules", "callbacks", "data", "strategies"}
+LIGHTNING = {"modules", "callbacks", "checkpoints", "data", "strategies"}
 PARSERS = {"jsonargparse", "argparse", "click", "fire"}
 SIBLINGS = {"remax", "reinforce", "rloo", "ppo", "sft", "reward_model"}
 

@@ -13,14 +13,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from remax_lightning.callbacks.checkpoint_store import CheckpointStore
-from remax_lightning.callbacks.find_checkpoint import check_ranks_agree, find_checkpoint
 from remax_lightning.callbacks.loop_snapshot import LoopSnapshot, clear_restarting_flag
-from remax_lightning.callbacks.manifest import MAIN_METRICS
-from remax_lightning.callbacks.resume_check import check_configuration, check_model, fingerprint
-from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO, remove_partial, safe_checkpoint_io
+from remax_lightning.callbacks.resume_check import check_configuration
 from remax_lightning.callbacks.sigterm_guard import SigtermGuard, Terminated, end_children
 from remax_lightning.callbacks.snapshot_saver import SnapshotSaver
+from remax_lightning.checkpoints.find_checkpoint import check_ranks_agree, find_checkpoint
+from remax_lightning.checkpoints.manifest import MAIN_METRICS
+from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO, remove_partial, safe_checkpoint_io
 from remax_lightning.modules.base import TrainableModule
+from remax_lightning.modules.fingerprint import check_model, fingerprint
 
 
 class Checkpoint(ModelCheckpoint):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from remax_lightning.callbacks.manifest import Entry, best_first, manifests, of_newest_run
-from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
+from remax_lightning.checkpoints.manifest import Entry, best_first, manifests, of_newest_run
+from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO
 
 
 @dataclass

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from remax_lightning.callbacks.checkpoint import Checkpoint
 from remax_lightning.callbacks.checkpoint_store import CheckpointStore
-from remax_lightning.callbacks.manifest import rating, read_manifest
+from remax_lightning.checkpoints.manifest import rating, read_manifest
 from remax_lightning.models.export import export
 from remax_lightning.modules.base import TrainableModule
 

@@ -7,8 +7,8 @@ from lightning.pytorch import Trainer
 
 from remax_lightning.callbacks.checkpoint_store import CheckpointStore
 from remax_lightning.callbacks.loop_snapshot import LoopSnapshot
-from remax_lightning.callbacks.manifest import add_scores, unused_path
-from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO, SaveOptions
+from remax_lightning.checkpoints.manifest import add_scores, unused_path
+from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO, SaveOptions
 
 
 class SnapshotSaver:

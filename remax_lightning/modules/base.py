@@ -5,7 +5,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from remax_lightning.checkpoints.find_checkpoint import verified
+from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.functional.micro_batches import micro_batches
 from remax_lightning.models.lora import LoRA, leave_out_frozen
 from remax_lightning.models.parallelize import Sharding
@@ -26,13 +28,15 @@ from remax_lightning.models.sharded_loading import (
     peak_host_memory,
 )
 from remax_lightning.models.source import ModelLike, ModelSource
+from remax_lightning.modules.fingerprint import check_model
 from remax_lightning.modules.gradients import GradientAccumulation, Losses, clip_gradient
-from remax_lightning.modules.hyperparameters import as_plain, constructor_arguments
+from remax_lightning.modules.hyperparameters import as_plain, constructor_arguments, restored
 from remax_lightning.modules.means import Means
 from remax_lightning.modules.optimizers import LearningRateSchedule, configured_schedule, parameter_groups
 from remax_lightning.modules.timing import PhaseTimer
 from remax_lightning.supported import check_supported
 
+ModuleType = TypeVar("ModuleType", bound="TrainableModule")
 MAX_SKIPPED_STEPS = 10
 """A run whose steps are all skipped learns nothing; ten in a row are no accident."""
 
@@ -121,6 +125,13 @@ class TrainableModule(LightningModule):
         self.timer = PhaseTimer()
         self.train_means, self.eval_means = Means(), Means()
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls: type[ModuleType], checkpoint_path: Any, **arguments: Any
+    ) -> ModuleType:
+        """A module with the arguments and weights of a checkpoint; see :func:`load_module`."""
+        return load_module(cls, checkpoint_path, arguments)
+
     @property
     @abstractmethod
     def trained_model(self) -> PreTrainedModel:
@@ -183,11 +194,9 @@ class TrainableModule(LightningModule):
 
         Args:
             lengths: Tokens of each row of this rank's batch, (B,).
-            losses: From row indices to the loss of each of the trained models, divided by ``num_terms``; a loss is
-                computed when the backward pass of the one before it is done, except under DDP.
+            losses: From row indices to the loss of each of the trained models, divided by ``num_terms``.
             num_terms: Number of terms by :meth:`mean_count_per_rank`; 0 if every row was dropped.
-            accept: From the losses' metrics of all rows, (N,) each, to whether the step is taken; all ranks have to
-                agree.
+            accept: From the metrics of all rows, (N,) each, to whether the step is taken; all ranks have to agree.
 
         Raises:
             RuntimeError: After ten skipped steps in a row.
@@ -218,8 +227,7 @@ class TrainableModule(LightningModule):
     def mean_count_per_rank(self, count: Tensor) -> Tensor:
         """Number of terms (tokens, pairs) of the global batch divided by the number of ranks.
 
-        Strategies average gradients over ranks; losses divided by this number then add up to the mean over all terms of
-        the global batch, however they are distributed over ranks and micro-batches.
+        Strategies average gradients over ranks: losses divided by it add up to the mean over the global batch.
         """
         return self.sum_over_ranks(count) / self.trainer.world_size
 
@@ -255,6 +263,25 @@ class TrainableModule(LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=True, batch_size=1)
 
     on_validation_epoch_end = on_test_epoch_end = log_evaluation
+
+
+def load_module(cls: type[ModuleType], path: Any, arguments: dict[str, Any]) -> ModuleType:
+    """A module with the weights of a checkpoint, built by the arguments that were saved in it.
+
+    Args:
+        cls: Its class.
+        path: A checkpoint file or folder, or a folder of checkpoints for the newest of them.
+        arguments: Arguments of the constructor that replace the saved ones.
+
+    Raises:
+        ValueError: If an argument cannot be restored and is not given, or it is the checkpoint of another method.
+    """
+    checkpoint = read_checkpoint(verified(path))
+    module = cls(**restored(cls, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), arguments))
+    module.configure_model()
+    check_model(checkpoint, module, is_fit=True)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    return module
 
 
 def check_names(cls: type, arguments: Iterable[str]) -> None:

@@ -21,8 +21,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from remax_lightning import cli
 from remax_lightning.callbacks import Checkpoint
-from remax_lightning.callbacks.find_checkpoint import find_checkpoint, newest_complete, verified
-from remax_lightning.callbacks.manifest import (
+from remax_lightning.checkpoints.find_checkpoint import find_checkpoint, newest_complete, verified
+from remax_lightning.checkpoints.manifest import (
     UnusableCheckpoint,
     add_scores,
     manifest_path,
@@ -30,7 +30,7 @@ from remax_lightning.callbacks.manifest import (
     read_manifest,
     unused_path,
 )
-from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO, SaveOptions, read_checkpoint
+from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO, SaveOptions, read_checkpoint
 
 
 def content(step: int) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_the_older_ones(
 ) -> None:
     save(tmp_path, 1, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    module = "remax_lightning.callbacks.synced_file.open"
+    module = "remax_lightning.checkpoints.synced_file.open"
     monkeypatch.setattr(module, partial(FullDisk, room=room), raising=False)
     with pytest.raises(OSError, match=rf"step={step}.ckpt could not be written \(No space left on device\)") as error:
         save(tmp_path, step)
@@ -389,9 +389,9 @@ def test_an_interrupted_save_is_cleared_away(tmp_path: Path) -> None:
 def test_a_full_disk_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
     train(policy, folder, 2)
-    module = "remax_lightning.callbacks.synced_file.open"
+    module = "remax_lightning.checkpoints.synced_file.open"
     monkeypatch.setattr(module, partial(FullDisk, room=10_000), raising=False)
-    monkeypatch.setattr("remax_lightning.callbacks.find_checkpoint.integrity_error", lambda *args: None)
+    monkeypatch.setattr("remax_lightning.checkpoints.find_checkpoint.integrity_error", lambda *args: None)
     with (
         pytest.warns(UserWarning, match="the state after the last finished step could not be saved"),
         pytest.raises(OSError, match=r"step=3.ckpt could not be written"),
@@ -467,7 +467,8 @@ def test_the_best_on_the_command_line(configured: Path, monkeypatch: pytest.Monk
     best, manifest = max(entries, key=lambda entry: entry[1].scores["val/reward"])
     read: list[str] = []
     monkeypatch.setattr(
-        "remax_lightning.callbacks.safe_checkpoint_io.verified_on_rank_0", lambda path: read.append(path) or Path(path)
+        "remax_lightning.checkpoints.safe_checkpoint_io.verified_on_rank_0",
+        lambda path: read.append(path) or Path(path),
     )
     for subcommand in ("validate", "test", "predict"):
         run(configured, "--ckpt_path", "best", "--data.validation", prompts, subcommand=subcommand)

@@ -39,9 +39,9 @@ from remax_lightning.callbacks import (
     find_checkpoint,
     safe_checkpoint_io,
 )
-from remax_lightning.callbacks.find_checkpoint import check_ranks_agree
-from remax_lightning.callbacks.safe_checkpoint_io import SafeCheckpointIO
-from remax_lightning.callbacks.synced_file import remove
+from remax_lightning.checkpoints.find_checkpoint import check_ranks_agree
+from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO
+from remax_lightning.checkpoints.synced_file import remove
 from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
 from remax_lightning.models.language_model import load_language_model
 from remax_lightning.models.lora import LoRA

@@ -18,9 +18,9 @@ from processes import run_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from remax_lightning.callbacks.find_checkpoint import newest_complete
-from remax_lightning.callbacks.manifest import Manifest, UnusableCheckpoint, integrity_error, read_manifest
-from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
+from remax_lightning.checkpoints.find_checkpoint import newest_complete
+from remax_lightning.checkpoints.manifest import Manifest, UnusableCheckpoint, integrity_error, read_manifest
+from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli import ExportingTrainer, main
 from remax_lightning.models import parallelize
 from remax_lightning.models.lora import LoRA

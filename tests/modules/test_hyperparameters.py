@@ -104,7 +104,9 @@ def test_a_module_is_loaded_from_a_checkpoint(policy: str, tmp_path: Path) -> No
     assert tiny.are_equal(tiny.weights(loaded.policy), tiny.weights(trained.policy))
     assert loaded.kl_controller.weight == trained.kl_controller.weight
     assert loaded.hparams == trained.hparams
-    assert ReMax.load_from_checkpoint(path, kl_coef=0.3, kl=KLControl()).kl_coef == 0.3
+    assert ReMax.load_from_checkpoint(path, kl_coef=0.3).kl_coef == 0.3
+    newest = ReMax.load_from_checkpoint(tmp_path / "checkpoints")
+    assert tiny.are_equal(tiny.weights(newest.policy), tiny.weights(trained.policy))
     with pytest.raises(ValueError, match="does not fit this run: method was ReMax, now it is SFT"):
         SFT.load_from_checkpoint(path)
     with pytest.raises(TypeError, match="ReMax has no argument kl_coeff"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from remax_lightning.callbacks import Checkpoint, HFExport
-from remax_lightning.callbacks.safe_checkpoint_io import read_checkpoint
+from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule
 from remax_lightning.models.lora import LoRA
 from remax_lightning.models.source import ModelSource

@@ -17,15 +17,15 @@ import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from remax_lightning.callbacks.checkpoint_folder import (
+from remax_lightning.checkpoints.checkpoint_folder import (
     describe_folder,
     read_folder,
     sharded_tensors,
     write_non_tensors,
     written_files,
 )
-from remax_lightning.callbacks.find_checkpoint import verified_on_rank_0
-from remax_lightning.callbacks.manifest import (
+from remax_lightning.checkpoints.find_checkpoint import verified_on_rank_0
+from remax_lightning.checkpoints.manifest import (
     PARTIAL_SUFFIX,
     Files,
     Manifest,
@@ -36,7 +36,7 @@ from remax_lightning.callbacks.manifest import (
     partial_path,
     write_manifest,
 )
-from remax_lightning.callbacks.synced_file import (
+from remax_lightning.checkpoints.synced_file import (
     raise_on_all_ranks,
     remove,
     sync_folder,

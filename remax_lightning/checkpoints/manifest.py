@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX as SHARD_SUFFIX
 
-from remax_lightning.callbacks.synced_file import size_and_digest, sync_folder, write_synced
+from remax_lightning.checkpoints.synced_file import size_and_digest, sync_folder, write_synced
 
 SUFFIX, MANIFEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".json", ".partial"
 METADATA_FILE = ".metadata"  # torch gives it this name when all shards of a folder are written and synced

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from remax_lightning.callbacks.manifest import METADATA_FILE, Files, UnusableCheckpoint
-from remax_lightning.callbacks.synced_file import size_and_digest, write_synced
+from remax_lightning.checkpoints.manifest import METADATA_FILE, Files, UnusableCheckpoint
+from remax_lightning.checkpoints.synced_file import size_and_digest, write_synced
 from remax_lightning.models.optimizer_state import keyed_by_index
 
 NON_TENSOR_FILE = "rest.pt"

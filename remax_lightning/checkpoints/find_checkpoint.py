@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from remax_lightning.callbacks.manifest import (
+from remax_lightning.checkpoints.manifest import (
     MAIN_METRICS,
     METADATA_FILE,
     SUFFIX,
