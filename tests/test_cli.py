@@ -20,6 +20,8 @@ from remax_lightning import cli
 from remax_lightning.modules import ReMax
 from remax_lightning.strategies import FSDP2Strategy
 
+pytestmark = pytest.mark.slow
+
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 
 
