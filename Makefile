@@ -10,10 +10,10 @@ DOCS_INSTALLED := $(VENV)/.remax-lightning-docs-installed
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check docs clean
+.PHONY: help install quickstart test test-fast test-jitter check docs clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv and install the tested set of versions
 
@@ -32,8 +32,18 @@ quickstart: $(INSTALLED) ## SFT, reward model and ReMax on generated toy data; a
 	$(PY) cli.py report --run_dir $(RUN)/remax --reward_model_dir $(RUN)/reward_model --output_dir $(RUN) \
 		--started_at $$(cat $(RUN)/started_at) --reference_label SFT --policy_label ReMax --judge_label gold
 
-test: $(INSTALLED) ## run the tests
-	$(PY) -m pytest
+# a worker for each CPU, each with one thread; a file stays in one worker, where its tests share what they set up
+PYTEST = $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+test test-fast test-jitter: export OMP_NUM_THREADS ?= 1
+
+test: $(INSTALLED) ## run all tests
+	$(PYTEST)
+
+test-fast: $(INSTALLED) ## run the tests that take a minute or two; what is left out is counted as deselected
+	$(PYTEST) -m "not slow"
+
+test-jitter: $(INSTALLED) ## run them where the last bits of matrix products depend on row and shape (tests/jitter.py)
+	$(PYTEST) -m "not slow" --jitter
 
 check: $(INSTALLED) ## ruff and mypy
 	$(PY) -m ruff check .

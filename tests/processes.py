@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_python(arguments: list[str], seconds: float) -> None:
-    """Run ``python`` and fail with its output if it fails; after the seconds it and all that it started are killed."""
+def run_python(arguments: list[str], seconds: float) -> str:
+    """Run ``python`` and return its output; after the seconds it and all that it started are killed."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -21,13 +21,14 @@ def run_python(arguments: list[str], seconds: float) -> None:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         },
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=seconds)
+        output, errors = process.communicate(timeout=seconds)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == 0, f"{output[-3000:]}\n{errors[-3000:]}"
+    return output

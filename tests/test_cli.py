@@ -20,6 +20,8 @@ from remax_lightning import cli
 from remax_lightning.modules import ReMax
 from remax_lightning.strategies import FSDP2Strategy
 
+pytestmark = pytest.mark.slow
+
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 
 
@@ -279,8 +281,7 @@ def test_a_fit_without_validation_rows(remax: Path, tmp_path: Path) -> None:
 def test_what_only_python_can_give_is_refused(remax: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("Dataset", "IterableDataset"):
         message = refused(capsys, "fit", "--config", remax, "--data.train", f'{{"class_path": "datasets.{kind}"}}')
-        assert "data.train: only Python code can give an object, got " in message
-        assert message.strip().endswith("on the command line it must be text")
+        assert message.startswith("error: data.train: only Python code can give an object here, got {'class_path'")
 
 
 @pytest.mark.parametrize("train", [["a.jsonl", "b.jsonl"], [{"prompt": "a b"}, {"prompt": "b c"}]])

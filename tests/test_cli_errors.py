@@ -322,6 +322,7 @@ def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, str(ROOT / "cli.py"), *arguments], env=environment, **pipes, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("config")
 def test_the_process_ends_with_the_sentence_alone() -> None:
     process = python(*FIT, "--data.train", "nowhere.jsonl")
@@ -331,6 +332,7 @@ def test_the_process_ends_with_the_sentence_alone() -> None:
     assert errors.strip().splitlines()[-1].startswith("error: data.train: no data at 'nowhere.jsonl'")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("config")
 def test_an_interrupted_process_says_so() -> None:
     endless = ("--trainer.max_steps", "1000000", "--trainer.max_epochs", "-1", "--progress_lines.every_n_steps", "1")

@@ -169,6 +169,7 @@ def test_commands_and_arguments_are_found() -> None:
     assert len(arguments()) > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -186,6 +187,7 @@ def test_commands_parse(
         assert parses(shlex.split(command), capsys), capsys.readouterr().err[-1000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", arguments())
 def test_arguments_parse(given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)

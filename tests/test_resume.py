@@ -24,6 +24,8 @@ from remax_lightning.modules.base import TrainableModule
 from remax_lightning.rewards import FunctionReward
 from remax_lightning.rollout import Sampling
 
+pytestmark = pytest.mark.slow
+
 STEPS, ROWS, BATCH = 7, 6, 2
 TIMES = ("time/", "train/tokens_per_second")
 # when a validation follows: each epoch (3 steps), in mid-epoch and across epochs, twice an epoch, never

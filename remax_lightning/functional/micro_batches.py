@@ -15,6 +15,7 @@ def micro_batches(lengths: Tensor, *, size: int | None = None, tokens: int | Non
         Row indices of each group; every row is in one of them.
 
     Example:
+        >>> import torch
         >>> micro_batches(torch.tensor([3, 9, 4]), tokens=9)
         [tensor([1]), tensor([2, 0])]
     """

@@ -447,6 +447,7 @@ def folder_of(config: Path) -> Path:
     return config.parent / "run" / "checkpoints"
 
 
+@pytest.mark.slow
 def test_last_falls_back(configured: Path) -> None:
     truncate(folder_of(configured) / "step=3.ckpt")
     with pytest.warns(UserWarning, match=r"step=3.ckpt is skipped: it has \d+ bytes"):
@@ -455,6 +456,7 @@ def test_last_falls_back(configured: Path) -> None:
     assert read_checkpoint(folder_of(configured) / "step=3.ckpt")["global_step"] == 3  # trained again, whole again
 
 
+@pytest.mark.slow
 def test_the_best_on_the_command_line(configured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = configured.parent / "prompts.jsonl"
     validate = ["--trainer.val_check_interval", 1, "--trainer.check_val_every_n_epoch", "null"]
@@ -482,6 +484,7 @@ def test_the_best_on_the_command_line(configured: Path, monkeypatch: pytest.Monk
     assert record["is_last"] == (manifest.step == 4)
 
 
+@pytest.mark.slow
 def test_the_exported_step_is_recorded_and_printed(configured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = {"method": "ReMax", "step": 3, "checkpoint": "step=3.ckpt", "is_last": True}
     unrated = {"is_best": None, "best_by": None, "scores": {}}
@@ -494,6 +497,7 @@ def test_the_exported_step_is_recorded_and_printed(configured: Path, capsys: pyt
         assert json.loads((hf / "training.json").read_text())["is_last"] == (name == "last")
 
 
+@pytest.mark.slow
 def test_nothing_complete_is_an_error(configured: Path) -> None:
     for path in folder_of(configured).glob("*.ckpt"):
         truncate(path)
@@ -502,6 +506,7 @@ def test_nothing_complete_is_an_error(configured: Path) -> None:
             run(configured, "--ckpt_path", "last", subcommand=subcommand)
 
 
+@pytest.mark.slow
 def test_a_corrupt_file_is_refused(configured: Path) -> None:
     path = folder_of(configured) / "step=3.ckpt"
     flip(path)
@@ -530,6 +535,7 @@ def warnings_of(config: Path, *arguments: object) -> list[str]:
     return [str(each.message) for each in caught if "changed since the checkpoint" in str(each.message)]
 
 
+@pytest.mark.slow
 def test_what_may_change_is_named(configured: Path) -> None:
     assert warnings_of(configured) == []
     told = warnings_of(configured, "--model.kl_coef", 0.2, "--data.batch_size", 1, "--model.optimizer.lr", 0.5)
@@ -555,6 +561,7 @@ def renamed_token(folder: Path) -> str:
     return str(path.parent)
 
 
+@pytest.mark.slow
 def test_what_may_not_change_is_refused(configured: Path, tmp_path: Path) -> None:
     def refused(*arguments: object, message: str) -> None:
         with pytest.raises(UnusableCheckpoint, match=message):

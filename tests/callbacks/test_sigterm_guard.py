@@ -243,6 +243,7 @@ trainer.fit(tiny.remax(sys.argv[3], optimizer=tiny.adam()), datamodule=data)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_process(policy: str, tmp_path: Path, devices: int) -> None:
     """The exit status, as whoever sent the signal sees it, and nothing of the run is left."""

@@ -163,6 +163,7 @@ def test_demonstrations_leave_headroom(demonstrations: list[str]) -> None:
 # files
 
 
+@pytest.mark.slow
 def test_same_arguments_write_the_same_bytes(toy_data: Path, tmp_path: Path) -> None:
     code = (
         f"from remax_lightning.data.toy import make_toy_data; make_toy_data({str(tmp_path / 'again')!r}, **{SIZES!r})"

@@ -8,6 +8,8 @@ from processes import run_python
 
 from remax_lightning.data import PromptDataModule
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 120
 SCRIPT = """
 import json, os, sys

@@ -26,6 +26,8 @@ from remax_lightning.models import parallelize
 from remax_lightning.models.lora import LoRA
 from remax_lightning.strategies import FSDP2Strategy
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 240
 SAME = ["full", "lora", "dropped", "uneven", "recomputed", "replicated", "tied", "sft", "reward_model", "saving"]
 SAME += ["reinforce", "rloo", "ppo"]

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from remax_lightning.cli import main
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 120
 STEPS = 3
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}

@@ -389,6 +389,7 @@ def test_a_horizon_shorter_than_a_step_is_refused(policy: str, tmp_path: Path) -
         trained(with_kl(policy, tmp_path, target=1.0, horizon=2), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Reinforce, RLOO, PPO])
 def test_a_reward_is_learned(kind: Any, tmp_path: Path) -> None:
     def adam(parameters: Any) -> torch.optim.Optimizer:

@@ -139,6 +139,7 @@ def test_the_table(printed: Callable[..., str]) -> None:
     assert found["PPO"] > found["ReMax"]
 
 
+@pytest.mark.slow
 def test_memory_and_the_micro_batch_decide(
     printed: Callable[..., str], recipe: Callable[..., Recipe], cache: DryRunCache
 ) -> None:
@@ -154,6 +155,7 @@ def test_memory_and_the_micro_batch_decide(
     assert "fits: --model.micro_batch_tokens 2048 " in printed(*memory, "--model.micro_batch_tokens", "512")
 
 
+@pytest.mark.slow
 def test_every_proposal_fits(printed: Callable[..., str], recipe: Callable[..., Recipe], cache: DryRunCache) -> None:
     smallest = plan(recipe("model.init_args.micro_batch_size", 1), cache).peak
     memory = ["--gpu_memory", gpu_memory(0.93 * smallest)]

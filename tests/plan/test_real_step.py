@@ -19,6 +19,8 @@ from remax_lightning.plan.recipe import Layout, Recipe
 from remax_lightning.rewards import FunctionReward
 from remax_lightning.rollout import Sampling
 
+pytestmark = pytest.mark.slow
+
 PROMPT, RESPONSE = 40, 60  # tokens
 
 

@@ -241,6 +241,7 @@ def test_the_step_of_constant_shape_gives_the_same_responses(
     torch.testing.assert_close(rollout.log_probs, expected[0].log_probs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_compiled_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
