@@ -29,6 +29,7 @@ from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.modules.fingerprint import check_model
+from remax_lightning.modules.hyperparameters import as_plain
 from remax_lightning.plan import print_plan
 from remax_lightning.rewards import RewardFunction
 
@@ -146,7 +147,8 @@ class CLI(LightningCLI):
                 raise
             self._parser(self.subcommand).error(told)
         # of a callable the module knows no arguments; loggers want the learning rate
-        self.model.hparams["optimizer"] = self._get(self.config, "model").as_dict()["init_args"]["optimizer"]
+        optimizer = self._get(self.config, "model").as_dict()["init_args"]["optimizer"]
+        self.model.hparams["optimizer"] = as_plain(optimizer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to ``<default_root_dir>/logs`` (``validate``, ``test``, ... beside it) unless a logger is set."""

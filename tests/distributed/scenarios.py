@@ -31,14 +31,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning import strategies
-from remax_lightning.callbacks import (
-    Checkpoint,
-    HFExport,
-    SelfCheck,
-    checkpoint_folder,
-    find_checkpoint,
-    safe_checkpoint_io,
-)
+from remax_lightning.callbacks import Checkpoint, HFExport, SelfCheck
+from remax_lightning.checkpoints import checkpoint_folder, find_checkpoint, safe_checkpoint_io
 from remax_lightning.checkpoints.find_checkpoint import check_ranks_agree
 from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO
 from remax_lightning.checkpoints.synced_file import remove
