@@ -76,7 +76,7 @@ def shell(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 FIT = ("fit", "--config", "base.yaml")
-KNOWN = "Known are PPO, RLOO, ReMax, Reinforce, RewardModel, SFT"
+KNOWN = {"PPO", "RLOO", "ReMax", "Reinforce", "RewardModel", "SFT"}
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no sub-command": ((), "the first argument must be a sub-command: fit, validate, test, predict, export, plan"),
     "sub-command": (("fitt",), "got fitt; did you mean fit?"),
@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "integer": ((*FIT, "--data.batch_size", "2.5"), "data.batch_size must be an integer, got 2.5"),
     "range": ((*FIT, "--data.batch_size", "0"), "batch_size must be at least 1, got 0"),
     "choice": ((*FIT, "--model.kl_form", "both"), "model.kl_form must be one of full_step, one_step, got both"),
-    "module": ((*FIT, "--model", "ReMaxx"), f"model: there is no class ReMaxx; did you mean ReMax? {KNOWN}"),
+    "module": ((*FIT, "--model", "ReMaxx"), "model: there is no class ReMaxx; did you mean ReMax? Known are "),
     "module's case": ((*FIT, "--model", "remax"), "did you mean ReMax?"),
     "reward": (
         (*FIT, "--model.reward", "FuncReward"),
@@ -271,6 +271,14 @@ def test_a_mistake_in_the_arguments(arguments: tuple[str, ...], told: str, shell
     status, message = shell(*arguments)
     assert told in message
     assert status == 2
+
+
+@pytest.mark.usefixtures("files")
+def test_an_unknown_class_lists_the_known_ones(shell: Shell) -> None:
+    _, message = shell(*FIT, "--model", "ReMaxx")
+    listed = message.partition("Known are ")[2].partition(";")[0].split(", ")
+    assert {*listed} >= KNOWN  # other tests of the same process may have defined methods
+    assert not {"TrainableModule", "PolicyGradientModule", "BaselineModule"} & {*listed}
 
 
 @pytest.mark.usefixtures("files")
