@@ -43,7 +43,7 @@ test-fast: $(INSTALLED) ## run the tests that take a minute or two; what is left
 	$(PYTEST) -m "not slow"
 
 test-jitter: $(INSTALLED) ## run them where the last bits of matrix products depend on row and shape (tests/jitter.py)
-	$(PYTEST) -m "not slow" --jitter
+	$(PYTEST) -m "not slow" --jitter --ignore tests/plan  # those measure memory, of which the jitter takes some
 
 check: $(INSTALLED) ## ruff and mypy
 	$(PY) -m ruff check .
