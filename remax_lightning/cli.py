@@ -218,13 +218,21 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning shuts down and leaves with 1
+        if is_interrupted(end):  # Lightning shuts down and leaves with 1
             sys.exit(INTERRUPTED)
         raise
     except Exception as error:
+        if is_interrupted(error):  # in the middle of a save, say, which fails for that
+            sys.exit(INTERRUPTED)
         if shows_traceback() or (told := sentence(error)) is None:
             raise
         sys.exit(f"error: {told}")
+
+
+def is_interrupted(error: BaseException) -> bool:
+    """Whether an error came of SIGINT."""
+    context = error.__context__
+    return context is not None and (isinstance(context, KeyboardInterrupt) or is_interrupted(context))
 
 
 def run(args: Sequence[str]) -> None:

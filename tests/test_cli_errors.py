@@ -351,3 +351,20 @@ def test_an_interrupted_process_says_so() -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("cause", "status"), [(KeyboardInterrupt(), 130), (OSError("disk"), "error: no space")])
+def test_an_error_that_sigint_has_caused(cause: BaseException, status: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that is interrupted fails by an error of its own."""
+
+    def interrupted(args: object) -> None:
+        try:
+            raise cause
+        except BaseException:
+            raise ValueError("no space")  # noqa: B904 (the cause is its context)
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    monkeypatch.setattr(cli, "sentence", str)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == status
