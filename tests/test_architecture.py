@@ -25,7 +25,7 @@ ALLOWED = {
     "data": LOWER,
     "checkpoints": {"models"},
     "modules": LOWER | {"checkpoints", "supported"},
-    "strategies": {"callbacks", "checkpoints", "models", "modules", "supported"},
+    "strategies": {"checkpoints", "models", "modules", "supported"},
     "evaluation": LOWER,
     "callbacks": LOWER | {"checkpoints", "modules"},
     "plan": {"models", "functional", "rollout", "supported"},

@@ -33,7 +33,7 @@ class GradientVariance(Callback):
     ``diagnostics/variance_ratio_batch_mean`` (of all other responses drawn here) are ratios of the variance within
     prompts, the part that a baseline can change, for the same number of sampled responses: below 1 the baseline helps,
     at 0.25 it is worth four times the responses. ``diagnostics/greedy_helps`` is the share of prompts whose gradient
-    varies less with the greedy baseline than with none, as far as its few responses show. All are not-a-number where
+    varies less with the greedy baseline than with none, as far as its few responses show. All are NaN where
     there is no variance without a baseline or no prompt with finite rewards. A few dozen responses give rough numbers:
     look at many steps.
 

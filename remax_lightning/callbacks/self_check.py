@@ -20,7 +20,7 @@ from remax_lightning.rollout import Responses, Samples
 from remax_lightning.rollout.responder import raw_columns
 
 UNREACHABLE_LOG_PROB = -20.0
-"""A log-prob, in nats, that no run is long enough to batch."""
+"""A log-prob, in nats, that no run is long enough to draw."""
 
 
 class SelfCheck(Callback):

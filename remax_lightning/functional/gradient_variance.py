@@ -104,7 +104,7 @@ def gradient_variances(sums: VarianceSums) -> Tensor:
 
     Returns:
         Variances in squared reward times squared gradient of a log-prob (nats per unit of the weights), (4,);
-        not-a-number without a response.
+        NaN without a response.
 
     Reference: Greensmith, Bartlett, Baxter 2004, jmlr.org/papers/v5/greensmith04a.html, on baselines and variance; Li
         et al. 2024, arXiv 2310.10505, on the greedy one.
