@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from remax_lightning import PPO, RLOO, SFT, FunctionReward, Loss, PolicyGradientModule, Reinforce, ReMax, RewardModel
+from remax_lightning.modules.base import TrainableModule
+from remax_lightning.modules.baseline import BaselineModule
 from remax_lightning.rollout import Rollout, Sampling
 
 
@@ -149,3 +151,13 @@ def test_a_loaded_model_is_refused_where_it_cannot_be_trained_right(policy: str)
         ReMax(policy=dropout, **options)
     with pytest.raises(ValueError, match="LlamaForCausalLM does not say where its tokenizer is; give ModelSource"):
         ReMax(policy=tiny.language_model(), **options)
+
+
+@pytest.mark.parametrize("cls", [PolicyGradientModule, BaselineModule, ReMax, Reinforce, RLOO, PPO, SFT, RewardModel])
+def test_an_argument_has_the_same_default_wherever_it_is_written(cls: type) -> None:
+    """Each constructor lists the arguments of those above it; only the optimizer's rates are a method's own."""
+    own = inspect.signature(cls).parameters
+    for base in cls.__mro__[1 : cls.__mro__.index(TrainableModule) + 1]:
+        for name, parameter in inspect.signature(base).parameters.items():
+            if name in own and name != "optimizer":
+                assert own[name].default == parameter.default, f"{cls.__name__} and {base.__name__}: {name}"

@@ -10,21 +10,9 @@ import torch
 from torch import Tensor
 
 from remax_lightning.data import PreferenceDataModule
-from remax_lightning.functional.micro_batches import micro_batches
 from remax_lightning.modules import PPO, RewardModel
 from remax_lightning.rewards import FunctionReward, Reward
 from remax_lightning.rollout import Sampling
-
-
-def test_sizes_and_tokens() -> None:
-    lengths = torch.tensor([3, 9, 4, 4, 1, 20])
-    groups = micro_batches(lengths, size=3, tokens=12)
-    assert sorted(torch.cat(groups).tolist()) == list(range(6))
-    for group in groups:
-        assert len(group) <= 3
-        assert len(group) == 1 or len(group) * int(lengths[group].max()) <= 12
-    assert [len(group) for group in groups] == [1, 1, 3, 1]
-    assert len(micro_batches(lengths)) == 1
 
 
 class Widths:

@@ -149,6 +149,12 @@ def test_baseline_metrics(policy: str, tmp_path: Path) -> None:
     assert history["train/baseline_correlation"] == [pytest.approx(float(correlation), abs=1e-4)]
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_baselines_that_tell_the_rewards_correlate_with_them(sign: float, policy: str, tmp_path: Path) -> None:
+    _, history = trained(known(policy, lambda rewards: sign * rewards + 3), tmp_path)
+    assert history["train/baseline_correlation"] == [pytest.approx(sign, abs=1e-4)]
+
+
 def ppo(policy: str, **options: Any) -> PPO:
     """Its first step on values that say 0."""
     defaults = {"sampling": Sampling(max_new_tokens=8), "normalize_advantages": False, "gae_lambda": 1.0}
@@ -214,6 +220,16 @@ def test_several_optimizer_steps_on_each_rollout(policy: str, tmp_path: Path) ->
         "step=16.ckpt",
         "step=8.ckpt",
     ]
+
+
+def test_the_learning_rate_counts_every_optimizer_step(policy: str, tmp_path: Path) -> None:
+    """Three batches with 4 optimizer steps each: the rate falls over all 12, and its mean in each batch is logged."""
+    given = ppo(policy, num_epochs=2, num_minibatches=2, lr_schedule="linear", optimizer=tiny.sgd(0.12))
+    trainer = tiny.trainer(tmp_path, -1, [history := tiny.History()], max_epochs=3)
+    trainer.fit(given, datamodule=tiny.prompt_data(tmp_path))
+    assert trainer.global_step == 12
+    means = [0.12 * (1 - (done + 1.5) / 12) for done in (0, 4, 8)]
+    assert history["train/learning_rate"] == pytest.approx(means, abs=1e-6)
 
 
 def test_minibatches_have_every_row_once_in_an_order_of_seed_step_and_epoch() -> None:
@@ -304,6 +320,16 @@ def test_a_kl_in_the_loss_has_the_estimators_gradient(kind: Any, estimator: Any,
     change, _ = trained(given, tmp_path)
     other, _ = trained(with_kl(policy, tmp_path, kind, estimator=estimator), tmp_path)
     assert tiny.norm(tiny.difference(change, other)) > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_kl_in_the_loss_of_ppo_is_not_in_its_rewards_too(estimator: Any, policy: str, tmp_path: Path) -> None:
+    control = {"estimator": estimator, "in_loss": True}
+    given = with_kl(policy, tmp_path, PPO, **control)
+    given.normalize_advantages, given.gae_lambda = False, 1.0  # with values of 0 the first step is REINFORCE's
+    change, _ = trained(given, tmp_path)
+    expected, _ = trained(with_kl(policy, tmp_path, **control), tmp_path)
+    tiny.assert_close(change, expected, atol=1e-5)
 
 
 def test_ppo_learns_from_rows_without_an_advantage_too(policy: str, tmp_path: Path) -> None:

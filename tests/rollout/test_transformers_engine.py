@@ -8,6 +8,7 @@ from remax_lightning.functional.log_probs import token_log_probs
 from remax_lightning.functional.sequence import left_pad
 from remax_lightning.models.language_model import response_logits
 from remax_lightning.rollout import Rollout, Sampling, TransformersEngine, next_logits
+from remax_lightning.rollout.sampling import sample_tokens
 
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "opt", "gemma", "mistral", "gemma2"]
 STOPS = [1, 5, 9]
@@ -211,6 +212,38 @@ def test_refusals() -> None:
 def test_sampling_refuses_values_out_of_range(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [({}, False), ({"top_k": 1}, True), ({"top_p": 0.99}, True), ({"temperature": 0.5}, False)]
+)
+def test_sampling_is_truncated_if_some_token_is_never_drawn(values: dict[str, float], expected: bool) -> None:
+    assert Sampling(max_new_tokens=4, **values).is_truncated is expected
+
+
+@pytest.mark.parametrize("top_k", [tiny.VOCABULARY - 1, tiny.VOCABULARY, tiny.VOCABULARY + 1])
+def test_top_k_near_the_size_of_the_vocabulary(top_k: int) -> None:
+    logits = torch.zeros(1, tiny.VOCABULARY)
+    logits[0, 5] = -1.0
+    uniforms = (torch.arange(4 * tiny.VOCABULARY) + 0.5) / (4 * tiny.VOCABULARY)
+    drawn, _ = sample_tokens(logits.expand(len(uniforms), -1), uniforms, Sampling(1, top_k=top_k))
+    never = {5} if top_k < tiny.VOCABULARY else set()
+    assert set(range(tiny.VOCABULARY)) - set(drawn.tolist()) == never
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_logits_of_a_prompt_are_those_of_its_last_token_alone(architecture: str) -> None:
+    """Those of all its tokens take, with a large vocabulary, more memory than the rest of the rollout."""
+    model, batch = tiny.language_model(architecture), prompts([9, 6])
+    widths: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda head, inputs: widths.append(inputs[0].shape[1]))
+    generate(model, batch)
+    assert set(widths) <= {1}
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 128), (127, 128), (128, 128), (129, 256), (256, 256)])
+def test_a_compiled_cache_has_the_next_multiple_of_columns(length: int, expected: int) -> None:
+    assert next_logits.compiled_length(length) == expected
 
 
 def test_rows_leave_out_common_padding() -> None:
