@@ -180,4 +180,4 @@ def test_num_prompts_and_max_new_tokens_bound_what_is_drawn(policy: str, tmp_pat
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"skip takes names of checks, context, .*; got paddings"):
         SelfCheck(skip=["paddings"])
-    assert len(CHECKS) == 8
+    assert len(CHECKS) == 9

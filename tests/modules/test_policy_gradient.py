@@ -26,6 +26,7 @@ from remax_lightning.rollout import Sampling, TransformersEngine
 
 METRICS = {
     "reward",
+    "reward_std",
     "baseline_reward",
     "baseline_gap",
     "beats_baseline",
