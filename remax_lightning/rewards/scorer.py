@@ -11,6 +11,7 @@ from torch import Tensor
 
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.failures import FailureLog
+from remax_lightning.rewards.function import FunctionReward
 from remax_lightning.rewards.process_state import preserved_process_state
 from remax_lightning.rewards.values import reward_values
 
@@ -35,7 +36,7 @@ def checked_rewards(reward: Reward, columns: Mapping[str, Sequence[Any]], respon
         RuntimeError: If it ends Python, as ``sys.exit`` does; whatever else it raises is raised as it is.
     """
     given = {name: [deepcopy(value) for value in column] for name, column in columns.items()}
-    name = type(reward).__name__
+    name = reward.name if isinstance(reward, FunctionReward) else type(reward).__name__
     try:
         with preserved_process_state():
             returned = reward(given.pop("prompt"), list(responses), **given)

@@ -21,13 +21,14 @@ PROMPTS = ["Tell me", "a", "What now.", "Ziggy", "Zoo"]  # with a Z, whose embed
 
 def saved(folder: Path, *, prompts_with_z: bool = False, seed: int = 0) -> str:
     """A policy without finite logits: none at all, or none after a Z."""
-    path = tiny.save_model(folder, seed=seed, scale=20.0)
+    path = tiny.save_model(folder, seed=seed)
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         if prompts_with_z:
             token = tiny.tokenizer().convert_tokens_to_ids("Z")
             model.get_input_embeddings().weight[token] = NAN
-            model.lm_head.weight[token] = 0.0  # other logits are far from 0, so it is seldom drawn
+            model.lm_head.weight *= 10
+            model.lm_head.weight[token] = 0.0  # so it is not drawn
         else:
             model.lm_head.weight[5] = NAN
     model.save_pretrained(path)

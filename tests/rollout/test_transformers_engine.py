@@ -300,8 +300,8 @@ BROKEN = 7
 """A token whose embedding is not finite: what follows it has no finite logits."""
 
 
-def broken(value: float = float("nan"), scale: float = 3.0) -> PreTrainedModel:
-    model = tiny.language_model(scale=scale)
+def broken(value: float = float("nan")) -> PreTrainedModel:
+    model = tiny.language_model(scale=3.0)
     with torch.no_grad():
         model.get_input_embeddings().weight[BROKEN] = value
     return model
@@ -407,11 +407,12 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_a_token_waits_for_the_device_once(is_broken: bool) -> None:
     """Rows that end wait more often, so here none does before the end but the broken ones, at their first token."""
-    model, batch, counts = broken(scale=20.0), prompts([6] * 4), []
+    model, batch, counts = broken(), prompts([6] * 4), []
     batch["prompt_ids"][batch["prompt_ids"] == BROKEN] = BROKEN + 1
     batch["prompt_ids"][:2, 3] = BROKEN if is_broken else BROKEN + 1
     with torch.no_grad():
-        model.lm_head.weight[BROKEN] = 0.0
+        model.lm_head.weight *= 100
+        model.lm_head.weight[BROKEN] = 0.0  # never drawn
     for length in (8, 16):
         with Reads() as reads:
             responses = TransformersEngine().sample(model, batch, Sampling(length), stop_token_ids=[tiny.VOCABULARY])
