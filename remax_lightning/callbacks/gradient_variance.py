@@ -19,7 +19,6 @@ from remax_lightning.functional.gradient_variance import (
 from remax_lightning.models.next_token import policy_gradient_of
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.modules.remax import ReMax
-from remax_lightning.rewards.scorer import score_responses
 from remax_lightning.rollout import Responses
 from remax_lightning.rollout.responder import raw_columns
 
@@ -116,8 +115,8 @@ class GradientVariance(Callback):
             step=-1 - module.global_step,  # a key that no step of training has
             greedy_max_new_tokens=module.greedy_max_new_tokens if isinstance(module, ReMax) else None,
         )
-        scored = score_responses(
-            module.reward, raw_columns(batch), *map(module.responder.texts, (sampled, greedy)), device=module.device
+        scored = module.collector.scorer.score(
+            raw_columns(batch), *map(module.responder.texts, (sampled, greedy)), device=module.device
         )
         rewards, greedy_rewards = (
             (each - module.missing_stop_penalty * rollout.truncated).double()

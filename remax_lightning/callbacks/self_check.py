@@ -16,8 +16,10 @@ from remax_lightning.models.language_model import context_length, evaluating, re
 from remax_lightning.models.next_token import log_probs_of
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.rewards import ModelReward
+from remax_lightning.rewards.scorer import checked_rewards
 from remax_lightning.rollout import Responses, Samples
 from remax_lightning.rollout.responder import raw_columns
+from remax_lightning.rollout.types import are_finite
 
 UNREACHABLE_LOG_PROB = -20.0
 """A log-prob, in nats, that no run is long enough to draw."""
@@ -26,7 +28,8 @@ UNREACHABLE_LOG_PROB = -20.0
 class SelfCheck(Callback):
     """Draws a few responses before the first training step and refuses to train on what cannot be right.
 
-    The checks, by name: ``context`` (the longest prompt and response fit the model), ``padding`` (padding changes no
+    The checks, by name: ``context`` (the longest prompt and response fit the model), ``logits`` (those of the policy
+    and the log-probs of the reference are finite), ``padding`` (padding changes no
     log-prob), ``sampler`` (the sampler's log-probs are those of training), ``reference`` (a reference that is the
     policy's own start has KL 0), ``stop_token`` (the policy can end a response), ``double_bos`` (the reward model's
     text does not begin twice), ``rewards`` (they are finite), ``equal_rewards`` (they are not all the same, from which
@@ -116,12 +119,16 @@ class SampledBatch:
         return response_logits(self.module.policy, prompt_ids, prompt_mask, sampled.response_ids, sampled.response_mask)
 
     @cached_property
+    def ref_log_probs(self) -> Tensor | None:
+        """Log-probs of the sampled tokens under the reference, nats, (B, T); None without one."""
+        return self.module.collector.ref_log_probs(self.sampled)
+
+    @cached_property
     def rewards(self) -> Tensor:
         """Rewards of the sampled and greedy responses; what the reward raises, it raises here."""
         module, columns = self.module, raw_columns(self.batch)
-        prompts = columns.pop("prompt")
-        both = [module.reward(prompts, module.responder.texts(each), **columns) for each in (self.sampled, self.greedy)]
-        return torch.cat(both)
+        texts = [[text or "" for text in module.responder.texts(each)] for each in (self.sampled, self.greedy)]
+        return torch.cat([checked_rewards(module.reward, columns, each) for each in texts]).to(module.device)
 
     @cached_property
     def finite_rewards(self) -> tuple[int, int, float, float]:
@@ -158,6 +165,19 @@ def context_problem(trainer: Trainer, module: PolicyGradientModule) -> str | Non
     )
 
 
+def logits_problem(batch: SampledBatch) -> str | None:
+    """Whether policy and reference say numbers."""
+    both = torch.cat([batch.sampled.is_finite, batch.greedy.is_finite])
+    if missing := int((~both).sum()):
+        return (
+            f"the policy's logits are not finite for {missing} of {len(both)} responses; its weights are not finite or "
+            "far too large: name another folder by model.policy, or an earlier checkpoint"
+        )
+    if batch.ref_log_probs is None or are_finite(batch.ref_log_probs, batch.sampled.response_mask).all():
+        return None
+    return "the reference's log-probs are not finite; name another model by model.reference"
+
+
 def padding_problem(batch: SampledBatch) -> str | None:
     """Prompts padded on the left, as in a rollout, against none, as in training."""
     temperature = batch.module.sampling.temperature
@@ -187,9 +207,8 @@ def reference_problem(batch: SampledBatch) -> str | None:
     module = batch.module
     if module.reference is None or module.reference_source is not None or batch.trainer.global_step > 0:
         return None
-    ref_log_probs = module.collector.ref_log_probs(batch.sampled)
-    assert ref_log_probs is not None
-    difference = batch.difference(ref_log_probs)
+    assert batch.ref_log_probs is not None
+    difference = batch.difference(batch.ref_log_probs)
     if difference <= batch.tolerance:
         return None
     return (
@@ -253,6 +272,7 @@ def equal_rewards_problem(batch: SampledBatch) -> str | None:
 
 CHECKS: dict[str, Callable[[SampledBatch], str | None] | None] = {
     "context": None,
+    "logits": logits_problem,
     "padding": padding_problem,
     "sampler": sampler_problem,
     "reference": reference_problem,

@@ -39,13 +39,15 @@ from remax_lightning.supported import check_supported
 ModuleType = TypeVar("ModuleType", bound="TrainableModule")
 MAX_SKIPPED_STEPS = 10
 """A run whose steps are all skipped learns nothing; ten in a row are no accident."""
+REMEDY = "look at the rewards and the data, or lower the learning rate"
 
 
 class SkippedSteps:
-    """Counts the steps that are skipped in a row."""
+    """Counts the steps that are skipped in a row; ``remedy`` is what is to be done when they are too many."""
 
     def __init__(self) -> None:
         self.in_a_row = 0
+        self.remedy = REMEDY
 
     def count(self, *, is_usable: bool, step: int) -> None:
         """Count a step.
@@ -56,11 +58,11 @@ class SkippedSteps:
         self.in_a_row = 0 if is_usable else self.in_a_row + 1
         if is_usable:
             return
-        rank_zero_warn(f"step {step} is skipped: no usable row, or a gradient that is not finite")
+        rank_zero_warn(f"step {step} is skipped ({self.in_a_row} in a row): no usable row, or a non-finite gradient")
         if self.in_a_row == MAX_SKIPPED_STEPS:
             raise RuntimeError(
                 f"{MAX_SKIPPED_STEPS} steps in a row had no usable row or a gradient that is not finite; the weights "
-                "are those before them: look at the rewards and the data, or lower the learning rate"
+                f"are those before them: {self.remedy}"
             )
 
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from remax_lightning.models.next_token import log_probs_of
 from remax_lightning.models.reference import Reference
-from remax_lightning.rewards import Reward
-from remax_lightning.rewards.scorer import score_responses
+from remax_lightning.rewards.scorer import Scorer
 from remax_lightning.rollout import Responder, Responses, Rollout, Samples, Sampling
 from remax_lightning.rollout.per_token import per_token
 from remax_lightning.rollout.responder import raw_columns
@@ -26,7 +25,7 @@ class Collector:
     Args:
         responder: Draws the responses.
         sampling: How.
-        reward: Scores them.
+        scorer: Scores them.
         missing_stop_penalty: Subtracted from the reward of a response that did not end within its longest length.
         reference: The policy of the KL penalty; None without one.
         micro_batches: From the lengths of rows, (B,), to row indices of each forward pass of the reference.
@@ -35,7 +34,7 @@ class Collector:
 
     responder: Responder
     sampling: Sampling
-    reward: Reward
+    scorer: Scorer
     missing_stop_penalty: float
     reference: Reference | None
     micro_batches: Callable[[Tensor], list[Tensor]]
@@ -65,14 +64,19 @@ class Collector:
         with self.phase("reward"):
             texts = map(self.responder.texts, responses)
             device = responses[0].response_ids.device
-            rewards = score_responses(self.reward, raw_columns(batch), *texts, device=device)
+            rewards = self.scorer.score(raw_columns(batch), *texts, device=device)
         pairs = zip(rewards, responses, strict=True)
         return [each - self.missing_stop_penalty * of.truncated for each, of in pairs]
 
     def rollout(self, samples: Samples, rewards: Tensor, baselines: Tensor) -> Rollout:
         """Samples with their rewards and baselines, (B,) each, and with the reference's log-probs."""
         with self.phase("reference"):
-            return samples.scored(rewards, baselines, self.ref_log_probs(samples))
+            rollout = samples.scored(rewards, baselines, self.ref_log_probs(samples))
+        if missing := int((~rollout.has_finite_reference).sum()):
+            cause = "the reference's log-probs were not finite"
+            sentence = f"{cause} for {missing} of {len(rewards)} responses, which are dropped"
+            self.scorer.failures.count(cause, sentence, missing)
+        return rollout
 
     def ref_log_probs(self, samples: Samples) -> Tensor | None:
         """Log-probs of the response tokens under the reference, nats, (B, T); None without one."""

@@ -15,7 +15,8 @@ from remax_lightning.models.reference import Reference
 from remax_lightning.modules.collector import Collector
 from remax_lightning.modules.means import Means
 from remax_lightning.rewards import Reward
-from remax_lightning.rewards.scorer import score_responses
+from remax_lightning.rewards.process_state import preserved_process_state
+from remax_lightning.rewards.scorer import Scorer
 from remax_lightning.rollout.responder import as_rows, raw_columns
 
 Row = dict[str, Any]
@@ -40,6 +41,9 @@ class Evaluation:
     reference_rows: dict[tuple[int, ...], Row] = field(default_factory=dict)
     placed_on: torch.device | None = None
 
+    def __post_init__(self) -> None:
+        self.judge_scorer = None if self.judge is None else Scorer(self.judge, "judge")
+
     def place(self, device: torch.device, sharding: Sharding | None) -> None:
         """Load the rewards and move the reference, once for a device.
 
@@ -49,8 +53,9 @@ class Evaluation:
         """
         if self.placed_on == device:
             return
-        for reward in filter(None, (self.collector.reward, self.judge)):
-            reward.setup(device, sharding)
+        for reward in filter(None, (self.collector.scorer.reward, self.judge)):
+            with preserved_process_state():
+                reward.setup(device, sharding)
         if self.collector.reference is not None:
             self.collector.reference.to(device)
         self.placed_on = device
@@ -81,7 +86,7 @@ class Evaluation:
         responder, columns, device = self.collector.responder, raw_columns(batch), policy.device
         samples, greedy = responder.sample_and_greedy(policy, batch, replace(self.collector.sampling, num_samples=1))
         texts, greedy_texts = responder.texts(samples), responder.texts(greedy)
-        rewards, baselines = score_responses(self.collector.reward, columns, texts, greedy_texts, device=device)
+        rewards, baselines = self.collector.scorer.score(columns, texts, greedy_texts, device=device)
         values: dict[str, Any] = {
             "response": texts,
             "reward": rewards.tolist(),
@@ -89,11 +94,12 @@ class Evaluation:
             "response_length": samples.lengths.tolist(),
             "truncated": samples.truncated.tolist(),
         }
-        if self.judge is not None:
-            values["judge_reward"] = score_responses(self.judge, columns, texts, device=device)[0].tolist()
+        if self.judge_scorer is not None:
+            values["judge_reward"] = self.judge_scorer.score(columns, texts, device=device)[0].tolist()
         ref_log_probs = self.collector.ref_log_probs(samples)
         if ref_log_probs is not None:
-            values["kl"] = response_kl(samples.log_probs, ref_log_probs, samples.response_mask).tolist()
+            kl = response_kl(samples.log_probs, ref_log_probs, samples.response_mask)
+            values["kl"] = kl.masked_fill(~samples.is_finite, torch.nan).tolist()
         return as_rows(values)
 
     def _reference_rows(self, reference: Reference, batch: dict[str, Tensor]) -> list[Row]:

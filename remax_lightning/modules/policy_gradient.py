@@ -21,13 +21,16 @@ from remax_lightning.models.next_token import policy_gradient_of
 from remax_lightning.models.reference import Reference
 from remax_lightning.models.source import ModelLike, ModelSource
 from remax_lightning.models.tokenizer import have_same_vocabulary
-from remax_lightning.modules.base import TrainableModule
+from remax_lightning.modules.base import REMEDY, TrainableModule
+from remax_lightning.modules.collapse import CollapseWatch
 from remax_lightning.modules.collector import Collector
 from remax_lightning.modules.evaluation import Evaluation
 from remax_lightning.modules.gradients import Loss, checked_losses
 from remax_lightning.modules.kl_control import KLControl, KLController
 from remax_lightning.modules.optimizers import LearningRateSchedule, policy_gradient_adamw
-from remax_lightning.rewards import RewardLike, as_reward
+from remax_lightning.rewards import Reward, RewardLike, as_reward
+from remax_lightning.rewards.process_state import preserved_process_state
+from remax_lightning.rewards.scorer import Scorer
 from remax_lightning.rollout import Responder, Rollout, RolloutEngine, Sampling, TransformersEngine
 
 
@@ -106,6 +109,7 @@ class PolicyGradientModule(TrainableModule):
         self.reference: Reference | None = None
         self.kl_coef, self.kl, self.kl_controller = kl_coef, kl, KLController(kl_coef, kl)
         self.missing_stop_penalty, self.max_log_prob_drift = missing_stop_penalty, max_log_prob_drift
+        self.collapse_watch = CollapseWatch(has_greedy_baseline=self.decodes_greedy, kl_target=kl.target)
 
     @property
     def trained_model(self) -> PreTrainedModel:
@@ -117,8 +121,7 @@ class PolicyGradientModule(TrainableModule):
         super().setup(stage)
         self.engine.check(is_sharded=self.sharding is not None)
         if stage != "predict":
-            for reward in filter(None, (self.reward, self.judge)):
-                reward.check()
+            check_rewards(self.reward, self.judge)
 
     def configure_model(self) -> None:
         """Load or build the policy and, for a KL penalty, the reference, once."""
@@ -129,15 +132,8 @@ class PolicyGradientModule(TrainableModule):
         self.responder = Responder(self.engine, self.tokenizer, stops, run_seed(self.seed))
         if self.kl_coef > 0:
             self.reference = Reference.load(self.reference_source, self.policy, self.source, self.sharding)
-        self.collector = Collector(
-            self.responder,
-            self.sampling,
-            self.reward,
-            self.missing_stop_penalty,
-            self.reference,
-            self.micro_batches,
-            self.phase,
-        )
+        scoring = (self.sampling, Scorer(self.reward), self.missing_stop_penalty)
+        self.collector = Collector(self.responder, *scoring, self.reference, self.micro_batches, self.phase)
         self.evaluation = Evaluation(self.collector, self.judge, self.is_true_on_all_ranks)
 
     def on_fit_start(self) -> None:
@@ -154,6 +150,7 @@ class PolicyGradientModule(TrainableModule):
         rollout = checked_rollout(self.collect(batch))
         for name, values in self.metrics(rollout).items():
             self.train_means.add(name, values)
+        self.skipped_steps.remedy = remedy(rollout)
         rollout = without_unscored_rows(rollout)
         advantages = checked_advantages(self.advantages(rollout), rollout)
         with self.phase("update"):
@@ -208,9 +205,11 @@ class PolicyGradientModule(TrainableModule):
 
     def end_step(self, means: dict[str, Tensor], num_responses: int) -> None:
         """Steer by the metrics of the step and its number of responses, both over all ranks."""
-        if "kl" not in means:
+        numbers = as_floats(means)
+        for sentence in self.collapse_watch.observe(numbers):
+            rank_zero_warn(sentence)
+        if (kl := numbers.get("kl")) is None:
             return
-        kl = float(means["kl"])
         self.kl_controller.observe(kl, num_responses)
         if self.kl_controller.exceeds_limit(kl):
             rank_zero_warn(f"training ends: the mean KL of a response is {kl:.4g} nats, above kl.limit={self.kl.limit}")
@@ -218,7 +217,7 @@ class PolicyGradientModule(TrainableModule):
 
     def metrics(self, rollout: Rollout) -> dict[str, Tensor]:
         """Values whose mean is logged as ``train/NAME``; NaN is left out."""
-        return rollout_metrics(rollout, self.trainer.world_size)
+        return rollout_metrics(rollout, self.trainer.world_size, self.sum_over_ranks)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score responses to held-out prompts."""
@@ -271,6 +270,13 @@ def check_reference(source: ModelSource | None, tokenizer: PreTrainedTokenizerBa
     """
     if source is not None and not have_same_vocabulary(source.load_tokenizer(), tokenizer):
         raise ValueError("the reference's tokenizer is not the policy's; their log-probs cannot be compared")
+
+
+def check_rewards(*rewards: Reward | None) -> None:
+    """Refuse rewards that cannot work, before a model is loaded; see :meth:`Reward.check`."""
+    for reward in filter(None, rewards):
+        with preserved_process_state():
+            reward.check()
 
 
 def check_samples(method: str, sampling: Sampling, least: int) -> None:
@@ -328,12 +334,23 @@ def checked_advantages(advantages: object, rollout: Rollout) -> Tensor:
 
 
 def scored_rows(rollout: Rollout) -> Tensor:
-    """Which rows have a finite reward and a finite baseline, (B,) bool."""
-    return rollout.rewards.isfinite() & rollout.baselines.isfinite()
+    """Which rows have a finite reward and baseline, and finite log-probs of policy and reference, (B,) bool."""
+    is_scored = rollout.rewards.isfinite() & rollout.baselines.isfinite()
+    return is_scored & rollout.is_finite & rollout.has_finite_reference
+
+
+def remedy(rollout: Rollout) -> str:
+    """What is to be done about a run whose rollouts are all like this one."""
+    if rollout.is_finite.any():
+        return REMEDY
+    return (
+        "the policy's logits are not finite, so its weights are not finite or far too large: go back to an earlier "
+        "checkpoint or another model, and lower the learning rate"
+    )
 
 
 def without_unscored_rows(rollout: Rollout) -> Rollout:
-    """The rollout with the response mask False in rows without a finite reward or baseline, and both 0 there."""
+    """The rollout with the response mask False in rows that are not :func:`scored_rows`, and reward and baseline 0."""
     is_scored = scored_rows(rollout)
     return replace(
         rollout,
@@ -343,11 +360,12 @@ def without_unscored_rows(rollout: Rollout) -> Rollout:
     )
 
 
-def rollout_metrics(rollout: Rollout, world_size: int) -> dict[str, Tensor]:
+def rollout_metrics(rollout: Rollout, world_size: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """What the responses are like, and the rewards and KL of the rows that have a reward; NaN elsewhere."""
     is_scored = scored_rows(rollout)
     metrics = {
         "reward": rollout.rewards.masked_fill(~is_scored, torch.nan),
+        "reward_std": reward_std(rollout.rewards[is_scored], sum_over_ranks),
         "response_length": rollout.lengths,
         "truncated": rollout.truncated,
         "rows_dropped": (~is_scored).sum() * world_size,  # a mean over ranks: the number on all of them
@@ -356,6 +374,24 @@ def rollout_metrics(rollout: Rollout, world_size: int) -> dict[str, Tensor]:
         kl = response_kl(rollout.log_probs, rollout.ref_log_probs, rollout.response_mask)
         metrics["kl"] = kl.masked_fill(~is_scored, torch.nan)
     return metrics
+
+
+def reward_std(rewards: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """Standard deviation over the rewards of all ranks, scalar, float64; NaN for fewer than two of them.
+
+    Args:
+        rewards: The finite rewards of this rank, (N,).
+        sum_over_ranks: Adds values over all ranks.
+    """
+    values = rewards.double()
+    count, total, squares = sum_over_ranks(torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=1))
+    variance = (squares / count - (total / count).square()).clamp(min=0)
+    return torch.where(count > 1, variance, torch.nan).sqrt()
+
+
+def as_floats(means: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers, by one copy from the device."""
+    return dict(zip(means, torch.stack([value.double() for value in means.values()]).tolist(), strict=True))
 
 
 def with_drift(loss: Loss, rows: Rollout) -> Loss:

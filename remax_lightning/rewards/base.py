@@ -41,5 +41,6 @@ class Reward(ABC):
             **columns: The data's other columns, B values each, such as ``answer``.
 
         Returns:
-            Rewards, (B,), float32; NaN where a response could not be scored: its row is dropped and counted.
+            Rewards, (B,), float32; NaN where a response could not be scored: its row is dropped and counted. Other real
+            types, (B, 1), any device and a list of numbers are accepted, too.
         """

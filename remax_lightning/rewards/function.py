@@ -3,18 +3,17 @@
 import importlib
 import importlib.util
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from remax_lightning.models.tokenizer import Prompt
 from remax_lightning.rewards.base import Reward
+from remax_lightning.rewards.values import reward_values
 
 
 class RewardFunction(Protocol):
@@ -89,7 +88,7 @@ class FunctionReward(Reward):
         assert self.signature is not None
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> Tensor:
-        """Score each response; None, and whatever else is no number, becomes NaN.
+        """Score each response; None, and what else is no number in a row, becomes NaN.
 
         Raises:
             ValueError: If a column that the function needs is missing, or it returns something other than a number for
@@ -109,7 +108,7 @@ class FunctionReward(Reward):
                 f"{', '.join(known)}"
             )
         rewards = self.callable(prompts=prompts, responses=responses, **columns)
-        return numbers(rewards, len(responses), self.name)
+        return reward_values(rewards, len(responses), self.name).float()
 
 
 def as_reward(reward: RewardLike) -> Reward:
@@ -126,31 +125,6 @@ def as_reward(reward: RewardLike) -> Reward:
             "named by FunctionReward('my_rewards.exact_match')"
         )
     return FunctionReward(reward)
-
-
-def numbers(rewards: Any, count: int, name: str) -> Tensor:
-    """What a reward function returned, as float32, (B,).
-
-    Raises:
-        ValueError: If it is not one number, or None, for each response.
-    """
-    try:
-        values = list(rewards)
-    except TypeError as error:
-        raise ValueError(f"{name} must return a list of {count} numbers, got {type(rewards).__name__}") from error
-    if len(values) != count:
-        raise ValueError(f"{name} must return one reward a response: {count}, got {len(values)}")
-    if values and all(isinstance(value, dict | list | tuple) for value in values):
-        raise ValueError(f"{name} must return a number for each response, got a {type(values[0]).__name__}")
-    return torch.tensor([number(value) for value in values])
-
-
-def number(value: object) -> float:
-    """A value as a number, NaN if it is none."""
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def resolve(path: str) -> Callable[..., Any]:

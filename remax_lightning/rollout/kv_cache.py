@@ -66,8 +66,14 @@ class PreallocatedCache(Cache):
         self.max_length = max_length
 
     def reset(self) -> None:
-        """Empty, to be filled from the first column."""
+        """Empty, to be filled from the first column.
+
+        What is masked counts 0 times, and 0 times a NaN of an earlier rollout would be NaN.
+        """
         for layer in self.attention_layers:
+            for states in (layer.keys, layer.values):
+                if states is not None:
+                    states.zero_()
             layer.length, layer.position, layer.is_compileable = 0, None, False
 
     def make_static(self) -> None:

@@ -1,5 +1,6 @@
 """A policy as what answers prompts: engine, tokenizer, stop tokens and the key of its random numbers."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +56,25 @@ class Responder:
                 step=step,
             )
 
-    def texts(self, responses: Responses) -> list[str]:
-        """The responses as text, without special tokens."""
+    def texts(self, responses: Responses) -> list[str | None]:
+        """The responses as text, without special tokens; None where the policy's logits were not finite."""
         rows = zip(responses.response_ids, responses.response_mask, strict=True)
         ids = [tokens[mask].tolist() for tokens, mask in rows]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            text if is_finite else None for text, is_finite in zip(texts, responses.is_finite.tolist(), strict=True)
+        ]
 
     def rows(self, policy: PreTrainedModel, batch: dict[str, Any], sampling: Sampling) -> list[dict[str, Any]]:
-        """A row for each prompt: the data's columns, a sampled response and the greedy one."""
+        """A row for each prompt: the data's columns, a sampled response and the greedy one; see :meth:`texts`."""
         samples, greedy = self.sample_and_greedy(policy, batch, sampling)
-        responses = zip(self.texts(samples), self.texts(greedy), strict=True)
+        responses = list(zip(self.texts(samples), self.texts(greedy), strict=True))
+        if missing := sum(None in pair for pair in responses):
+            warnings.warn(
+                f"the policy's logits are not finite for {missing} of {len(responses)} prompts, whose responses are "
+                "null; look at the weights of the policy",
+                stacklevel=2,
+            )
         return [
             {**row, "response": response, "greedy_response": greedy_response}
             for row, (response, greedy_response) in zip(as_rows(raw_columns(batch)), responses, strict=True)

@@ -15,7 +15,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple
         sampling: Temperature, top-k and top-p.
 
     Returns:
-        Tokens, (R,), and their log-probs at that temperature over the whole vocabulary, nats, (R,).
+        Tokens, (R,), and their log-probs at that temperature over the whole vocabulary, nats, (R,): NaN in a row whose
+        logits are not finite, where the token is any of the vocabulary.
     """
     scaled = logits.float()
     if sampling.temperature != 1:
@@ -28,6 +29,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple
         weights.masked_fill_(kept == float("-inf"), 0.0)
     cumulated = weights.cumsum(dim=-1)
     tokens = torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:], right=True)[:, 0]
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # a search for NaN ends behind the last token
     return tokens, scaled.gather(1, tokens[:, None])[:, 0] - log_total
 
 

@@ -29,6 +29,7 @@ class _Rows:
     log_probs: Tensor  # (R, T)
     lengths: Tensor  # (R,)
     stopped: Tensor  # ended by a stop token, (R,) bool
+    failed: Tensor  # ended by logits that are not finite, (R,) bool
 
 
 @dataclass
@@ -139,6 +140,7 @@ def _start(prompt_index: Tensor, sampling: Sampling, greedy_limit: int | None, s
         log_probs=torch.zeros(shape, device=device),
         lengths=limit.clone(),
         stopped=torch.zeros_like(is_greedy),
+        failed=torch.zeros_like(is_greedy),
     )
 
 
@@ -153,14 +155,16 @@ def _decode(next_logits: NextLogits, rows: _Rows, sampling: Sampling, stop_token
     for position in range(longest):
         sampled = slots[:num_sampled]
         drawn, log_probs = sample_tokens(logits[:num_sampled], uniforms[position, sampled], sampling)
-        tokens = torch.cat([drawn, logits[num_sampled:].argmax(dim=-1)])
+        best = logits[num_sampled:].max(dim=-1)
+        tokens = torch.cat([drawn, best.indices])
         rows.log_probs[sampled, position] = log_probs
         rows.tokens[slots, position] = tokens
-        stopped = torch.isin(tokens, stops)
-        finished = stopped | (rows.limit[slots] == position + 1)
+        failed = ~torch.cat([log_probs, best.values.float()]).isfinite()
+        stopped = torch.isin(tokens, stops) & ~failed
+        finished = stopped | failed | (rows.limit[slots] == position + 1)
         if bool(finished.any()):
-            rows.stopped[slots] = stopped
-            rows.lengths[slots[finished]] = position + 1
+            rows.stopped[slots], rows.failed[slots] = stopped, failed
+            rows.lengths[slots[finished]] = position + 1 - failed[finished].long()
             source, target = compaction(~finished, rows.greedy[slots])
             next_logits.move(source, target)
             tokens[target], slots[target] = tokens[source], slots[source]
@@ -175,19 +179,21 @@ def _decode(next_logits: NextLogits, rows: _Rows, sampling: Sampling, stop_token
 def _responses(rows: _Rows, chosen: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> dict[str, Tensor]:
     """The fields of the chosen rows' responses, cut to the longest of them."""
     lengths, prompt = rows.lengths[chosen], rows.prompt[chosen]
-    longest = int(lengths.max())
+    longest = max(int(lengths.max()), 1)
     mask = length_mask(lengths, longest)
     return {
         "prompt_ids": prompt_ids[prompt],
         "prompt_mask": prompt_mask[prompt],
         "response_ids": rows.tokens[chosen, :longest].masked_fill(~mask, 0),
         "response_mask": mask,
-        "truncated": ~rows.stopped[chosen],
+        "truncated": ~(rows.stopped | rows.failed)[chosen],
+        "failed": rows.failed[chosen],
     }
 
 
 def _samples(rows: _Rows, prompt_ids: Tensor, prompt_mask: Tensor) -> Samples:
     """The sampled rows."""
     fields = _responses(rows, ~rows.greedy, prompt_ids, prompt_mask)
-    longest = fields["response_mask"].shape[1]
-    return Samples(**fields, log_probs=rows.log_probs[~rows.greedy, :longest])
+    mask = fields["response_mask"]
+    log_probs = rows.log_probs[~rows.greedy, : mask.shape[1]]
+    return Samples(**fields, log_probs=log_probs.masked_fill(~mask, 0.0))  # NaN behind a row that failed

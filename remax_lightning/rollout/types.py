@@ -54,7 +54,7 @@ class Sampling:
         return self.top_p < 1 or self.top_k > 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Responses:
     """Responses of a policy to a batch of prompts; a prompt's responses are adjacent.
 
@@ -64,6 +64,8 @@ class Responses:
         response_ids: Right-padded responses, (B, T).
         response_mask: True where the policy chose the token, the stop token included, nothing after it, (B, T).
         truncated: True where the response reached its longest length without a stop token, (B,).
+        failed: True where the policy's logits were not finite: the response ends before that token and gets no reward,
+            (B,); None from an engine that does not look.
     """
 
     prompt_ids: Tensor
@@ -71,11 +73,17 @@ class Responses:
     response_ids: Tensor
     response_mask: Tensor
     truncated: Tensor
+    failed: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
         """Length of each response in tokens, (B,)."""
         return self.response_mask.sum(dim=1)
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Where all that the policy said was a finite number, (B,) bool."""
+        return torch.ones_like(self.truncated) if self.failed is None else ~self.failed
 
     @property
     def total_lengths(self) -> Tensor:
@@ -110,7 +118,7 @@ class Responses:
         return type(self)(**values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Samples(Responses):
     """Responses that were drawn at random.
 
@@ -120,12 +128,17 @@ class Samples(Responses):
 
     log_probs: Tensor
 
+    @property
+    def is_finite(self) -> Tensor:
+        """Where all that the policy said was a finite number, its log-probs too, (B,) bool."""
+        return super().is_finite & are_finite(self.log_probs, self.response_mask)
+
     def scored(self, rewards: Tensor, baselines: Tensor, ref_log_probs: Tensor | None) -> "Rollout":
         """The samples with what a policy learns from."""
         return Rollout(**vars(self), rewards=rewards, baselines=baselines, ref_log_probs=ref_log_probs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rollout(Samples):
     """Sampled responses with what a policy learns from.
 
@@ -138,3 +151,15 @@ class Rollout(Samples):
     rewards: Tensor
     baselines: Tensor
     ref_log_probs: Tensor | None
+
+    @property
+    def has_finite_reference(self) -> Tensor:
+        """Where the log-probs under the reference are finite, or there is no reference, (B,) bool."""
+        if self.ref_log_probs is None:
+            return torch.ones_like(self.truncated)
+        return are_finite(self.ref_log_probs, self.response_mask)
+
+
+def are_finite(values: Tensor, mask: Tensor) -> Tensor:
+    """Which rows have finite values alone where the mask is True, (B,) bool, of values and a mask, (B, T) each."""
+    return (values.isfinite() | ~mask).all(dim=1)

@@ -13,13 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from remax_lightning import cli
-from remax_lightning.callbacks import GradientVariance, gradient_variance
+from remax_lightning.callbacks import GradientVariance
 from remax_lightning.models.lora import LoRA
 from remax_lightning.models.next_token import log_probs_of
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules import PPO, RLOO, SFT, Reinforce, ReMax
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.rewards import FunctionReward
+from remax_lightning.rewards.scorer import Scorer
 from remax_lightning.rollout import Responder, Sampling
 
 RATIOS = [f"diagnostics/variance_ratio_{name}" for name in ("greedy", "leave_one_out", "batch_mean")]
@@ -161,6 +162,7 @@ def one_token(module: PolicyGradientModule, token: int) -> Any:
     class Response:
         response_ids = torch.tensor([[token]])
         response_mask = torch.ones(1, 1, dtype=torch.bool)
+        is_finite = torch.ones(1, dtype=torch.bool)
 
     return Response()
 
@@ -173,7 +175,7 @@ def fit_with(
     callback = GradientVariance(num_prompts=4, num_samples=3, dimensions=64)
     with pytest.MonkeyPatch.context() as patch:
         scored = lambda _, columns, *texts, device: [reward(columns, each) for each in texts]  # noqa: E731
-        patch.setattr(gradient_variance, "score_responses", scored)
+        patch.setattr(Scorer, "score", scored)
         return tiny.fit(module, tiny.prompt_data(folder, rows), folder, callbacks=[callback]).steps[0]
 
 

@@ -156,6 +156,15 @@ def test_a_reward_that_raises_shows_its_own_error(policy: str, tmp_path: Path) -
         check(tiny.remax(policy, Broken()), tmp_path)
 
 
+def test_a_reward_that_is_not_one_number_for_each_response_is_refused(policy: str, tmp_path: Path) -> None:
+    class Mean(Reward):
+        def __call__(self, prompts: Any, responses: Any, **columns: Any) -> Tensor:
+            return torch.tensor(1.0)
+
+    with pytest.raises(ValueError, match=r"Mean must return one reward a response: 5, got the shape \(\)"):
+        check(tiny.remax(policy, Mean()), tmp_path)
+
+
 def test_equal_rewards(policy: str, tmp_path: Path) -> None:
     trips(
         "equal_rewards", "all 10 rewards are 2, from which nothing is learned", tiny.remax(policy, Fixed(2.0)), tmp_path
@@ -180,4 +189,4 @@ def test_num_prompts_and_max_new_tokens_bound_what_is_drawn(policy: str, tmp_pat
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"skip takes names of checks, context, .*; got paddings"):
         SelfCheck(skip=["paddings"])
-    assert len(CHECKS) == 8
+    assert len(CHECKS) == 9

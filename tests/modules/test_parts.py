@@ -1,7 +1,6 @@
 """The parts that a policy-gradient module owns, each alone."""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,54 +13,8 @@ from remax_lightning.models.reference import Reference
 from remax_lightning.models.source import ModelSource
 from remax_lightning.modules.evaluation import win
 from remax_lightning.modules.kl_control import KLControl, KLController
-from remax_lightning.rewards import Reward
-from remax_lightning.rewards.scorer import LARGEST_REWARD, score_responses
 from remax_lightning.rollout import Responder, Sampling, TransformersEngine
 from remax_lightning.rollout.per_token import per_token
-
-CPU = torch.device("cpu")
-
-
-class Noisy(Reward):
-    """The last bits of a score depend on the row, as those of a model on a CPU do."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[str], list[str], Mapping[str, Sequence[object]]]] = []
-
-    def __call__(self, prompts: Any, responses: Any, **columns: Any) -> Tensor:
-        self.calls.append((list(prompts), list(responses), columns))
-        return torch.tensor([len(each) + 1e-6 * row for row, each in enumerate(responses)], dtype=torch.float32)
-
-
-def test_each_response_to_a_prompt_is_scored_once_so_equal_ones_tie() -> None:
-    reward, columns = Noisy(), {"prompt": ["p", "q"], "answer": [1, 2]}
-    sampled, greedy = score_responses(reward, columns, ["aa", "b", "aa", "aa"], ["aa", "b"], device=CPU)
-    assert sampled[0] == greedy[0]
-    assert sampled[2] == sampled[3]
-    assert len(reward.calls) == 1
-    prompts, responses, others = reward.calls[0]
-    assert list(zip(prompts, responses, others["answer"], strict=True)) == [
-        ("p", "aa", 1),
-        ("p", "b", 1),
-        ("q", "aa", 2),
-        ("q", "b", 2),
-    ]
-
-
-def test_a_reward_that_fails_or_is_beyond_reason_is_nan() -> None:
-    class Broken(Reward):
-        def __call__(self, prompts: Any, responses: Any, **columns: Any) -> Tensor:
-            raise ConnectionError("gone")
-
-    class Huge(Reward):
-        def __call__(self, prompts: Any, responses: Any, **columns: Any) -> Tensor:
-            return torch.tensor([LARGEST_REWARD, -LARGEST_REWARD * 1.01, math.inf])
-
-    with pytest.warns(match="the reward failed for 3 responses; their rows are dropped: ConnectionError: gone"):
-        (rewards,) = score_responses(Broken(), {"prompt": ["p"]}, ["a", "b", "c"], device=CPU)
-    assert rewards.isnan().all()
-    (rewards,) = score_responses(Huge(), {"prompt": ["p"]}, ["a", "b", "c"], device=CPU)
-    assert rewards.isnan().tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(

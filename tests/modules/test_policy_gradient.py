@@ -1,5 +1,6 @@
 """The one manual-optimization loop: what it drops, skips, clips, schedules and logs."""
 
+import os
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,6 +27,7 @@ from remax_lightning.rollout import Sampling, TransformersEngine
 
 METRICS = {
     "reward",
+    "reward_std",
     "baseline_reward",
     "baseline_gap",
     "beats_baseline",
@@ -217,6 +219,72 @@ def test_a_reward_with_a_wrong_count_drops_its_rows(policy: str, tmp_path: Path)
     assert tiny.are_equal(start(policy), final(module))
 
 
+class Careless(Reward):
+    """Sets for the whole process, wherever its code runs, what training needs otherwise; it changes the data, too."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lengths = folder, set()
+
+    def spoil(self) -> None:
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        torch.manual_seed(1)
+        os.chdir(self.folder)
+
+    def check(self) -> None:
+        self.spoil()
+
+    def setup(self, device: Any, sharding: Any = None) -> None:
+        self.spoil()
+
+    def __call__(self, prompts: Any, responses: Any, **columns: Any) -> Tensor:
+        self.spoil()
+        for prompt in prompts:
+            self.lengths.add(len(prompt))
+            prompt.append({"role": "assistant", "content": "mine"})
+        values = [[sum(map(ord, response)) % 13] for response in responses]
+        return torch.tensor(values, dtype=torch.int64, device="cpu")  # (B, 1)
+
+
+class Careful(Careless):
+    """The same numbers."""
+
+    def spoil(self) -> None:
+        pass
+
+
+def test_what_a_reward_does_beside_scoring_changes_nothing(tmp_path: Path) -> None:
+    path, words = tiny.save_model(tmp_path / "policy"), tiny.tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    words.save_pretrained(path)
+    rows = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
+    results, folder = [], Path.cwd()
+    for reward in (Careless(tmp_path), Careful(tmp_path)):
+        try:
+            module = tiny.remax(path, reward)
+            history = tiny.fit(module, tiny.prompt_data(tmp_path, rows), tmp_path, steps=3)
+            assert Path.cwd() == folder
+        finally:
+            torch.set_grad_enabled(True)
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+            os.chdir(folder)
+        assert history["train/steps_skipped"] == [0.0] * 3
+        assert reward.lengths == {1}  # of every epoch
+        results.append(final(module))
+    assert tiny.are_equal(*results)
+
+
+def test_a_reward_of_the_wrong_size_costs_a_step_and_not_the_run(policy: str, tmp_path: Path) -> None:
+    for count in (3, 5):
+        module = tiny.remax(policy, Recorder([1.0, 3.0, 0.0, 0.0], [1.0] * count, [2.0, 0.0, 0.0, 0.0]))
+        data = tiny.prompt_data(tmp_path, rows("", ""), batch_size=2)
+        with pytest.warns(match=f"ValueError: Recorder must return one reward a response: 4, got {count}"):
+            history = tiny.fit(module, data, tmp_path, steps=2)
+        assert history["train/steps_skipped"] == [0.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_a_gradient_that_is_not_finite_changes_nothing(
@@ -258,6 +326,7 @@ def test_reward_metrics_hold_the_two_sides_apart(policy: str, tmp_path: Path) ->
     (call,) = reward.calls
     assert len(call["responses"]) == 20
     assert history["train/reward"] == [pytest.approx(sum(call["rewards"][:15]) / 15)]
+    assert history["train/reward_std"] == [pytest.approx(float(torch.tensor(call["rewards"][:15]).std(correction=0)))]
     assert history["train/baseline_reward"] == [pytest.approx(sum(call["rewards"][15:]) / 5)]
     assert call["prompts"][:15] == [prompt for prompt in call["prompts"][15:] for _ in range(3)]
     assert call["answer"] == [prompt[::-1] for prompt in call["prompts"]]

@@ -96,7 +96,7 @@ def test_a_function_itself() -> None:
     ("returned", "message"),
     [
         (None, r"must return a list of 2 numbers, got NoneType"),
-        ({"a": [1, 2], "b": [3, 4], "c": [5, 6]}, "must return one reward a response: 2, got 3"),
+        ({"a": [1, 2], "b": [3, 4]}, "must return a list of 2 numbers, got dict"),
         ([{"a": 1}, {"a": 2}], "must return a number for each response, got a dict"),
     ],
 )

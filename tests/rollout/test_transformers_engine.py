@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from remax_lightning.functional.log_probs import token_log_probs
@@ -289,3 +292,130 @@ def test_the_compiled_step_is_compiled_a_few_times_only(monkeypatch: pytest.Monk
             lengths += rollout.lengths.tolist()
     assert len(set(lengths)) > 5
     assert 1 <= counters["stats"]["unique_graphs"] <= 4  # all rows, half of them, ...
+
+
+# logits that are not finite
+
+BROKEN = 7
+"""A token whose embedding is not finite: what follows it has no finite logits."""
+
+
+def broken(value: float = float("nan")) -> PreTrainedModel:
+    model = tiny.language_model(scale=3.0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BROKEN] = value
+    return model
+
+
+def prompts_with_broken(*rows: int) -> dict[str, Tensor]:
+    batch = prompts([3, 11, 6, 4, 9, 5])
+    ids = batch["prompt_ids"]
+    ids[ids == BROKEN] = BROKEN + 1
+    ids[list(rows), -2] = BROKEN
+    return batch
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.5}], ids=str)
+@pytest.mark.parametrize("is_static", [False, True])
+def test_a_row_without_finite_logits_ends_there_and_the_others_go_on(
+    value: float, options: dict[str, float], is_static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: next_logits.decoding_step)
+    sampling, sound = Sampling(16, num_samples=2, **options), tiny.language_model(scale=3.0)
+    engine, batch = TransformersEngine(compile=is_static), prompts_with_broken(1, 4)
+    found = engine.sample_and_greedy(broken(value), batch, sampling, stop_token_ids=STOPS)
+    expected = TransformersEngine().sample_and_greedy(sound, batch, sampling, stop_token_ids=STOPS)
+    num_failed = 0
+    for responses, others, samples in zip(found, expected, (2, 1), strict=True):
+        assert int(responses.response_ids.max()) < tiny.VOCABULARY
+        for row, (tokens, sound_tokens) in enumerate(zip(texts(responses), texts(others), strict=True)):
+            if row // samples in (1, 4):
+                assert (tokens, bool(responses.failed[row])) == ([], True)
+                continue
+            # one that draws the broken token fails behind it, others are as without
+            assert bool(responses.failed[row]) == (BROKEN in sound_tokens[:-1])
+            end = sound_tokens.index(BROKEN) + 1 if responses.failed[row] else None
+            assert tokens == sound_tokens[:end]
+            num_failed += bool(responses.failed[row])
+        assert not (responses.truncated & responses.failed).any()
+        assert torch.equal(responses.is_finite, ~responses.failed)
+    assert num_failed > 0
+    assert found[0].log_probs.isfinite().all()
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_all_rows_without_finite_logits_are_empty(is_static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: next_logits.decoding_step)
+    model = tiny.language_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    engine, batch = TransformersEngine(compile=is_static), prompts([3, 11])
+    for responses in engine.sample_and_greedy(model, batch, Sampling(8), stop_token_ids=STOPS):
+        assert responses.failed.tolist() == [True, True]
+        assert responses.lengths.tolist() == [0, 0]
+        assert responses.response_ids.shape == (2, 1)
+        assert responses.sequences()[0].shape == (2, 11)
+
+
+def test_a_broken_row_leaves_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(next_logits, "compiled_step", lambda device_type: next_logits.decoding_step)
+    engine, sound, batch = TransformersEngine(compile=True), tiny.language_model(scale=3.0), prompts_with_broken()
+    expected = TransformersEngine().sample(sound, batch, Sampling(16), stop_token_ids=STOPS)
+    for model, given in ((broken(), prompts_with_broken(0, 1, 2, 3)), (sound, batch)):
+        found = engine.sample(model, given, Sampling(16), stop_token_ids=STOPS)
+        if model is not sound:
+            (cache,) = engine.caches.values()
+            for layer in cache.attention_layers:  # behind the prompts, too
+                layer.keys[:, :, 20:], layer.values[:, :, 20:] = float("nan"), float("nan")
+            engine.caches = {(id(sound), *key[1:]): kept for key, kept in engine.caches.items()}
+    assert texts(found) == texts(expected)
+
+
+def test_an_index_is_never_beyond_the_vocabulary() -> None:
+    """On a GPU such an index would end the process."""
+    finite = torch.tensor([[0.0, -torch.inf, 1.0]])
+    kinds = {
+        "nan": torch.tensor([[0.0, torch.nan, 1.0]]),
+        "inf": torch.tensor([[0.0, torch.inf, 1.0]]),
+        "two": torch.tensor([[torch.inf, torch.inf, 1.0]]),
+        "none": torch.full((1, 3), -torch.inf),
+    }
+    logits = torch.cat([finite, *kinds.values()])
+    for sampling in (Sampling(1), Sampling(1, top_k=2), Sampling(1, top_p=0.9), Sampling(1, temperature=1e-3)):
+        for uniform in (2.0**-24, 0.5, 1 - 2.0**-24):
+            tokens, log_probs = sample_tokens(logits, torch.full((5,), uniform), sampling)
+            assert bool(((tokens >= 0) & (tokens < 3)).all())
+            assert int(tokens[0]) != 1
+            assert log_probs.isfinite().tolist() == [True, False, False, False, False]
+
+
+class Reads(TorchDispatchMode):
+    """How often the program waits for a number from the device."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function in self.WAITING
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_token_waits_for_the_device_once(is_broken: bool) -> None:
+    """Rows that end wait more often, so here none does before the end but the broken ones, at their first token."""
+    model, batch, counts = broken(), prompts([6] * 4), []
+    batch["prompt_ids"][batch["prompt_ids"] == BROKEN] = BROKEN + 1
+    batch["prompt_ids"][:2, 3] = BROKEN if is_broken else BROKEN + 1
+    with torch.no_grad():
+        model.lm_head.weight *= 100
+        model.lm_head.weight[BROKEN] = 0.0  # never drawn
+    for length in (8, 16):
+        with Reads() as reads:
+            responses = TransformersEngine().sample(model, batch, Sampling(length), stop_token_ids=[tiny.VOCABULARY])
+        assert responses.failed.tolist() == [is_broken, is_broken, False, False]
+        counts.append(reads.count)
+    assert 0 < counts[1] - counts[0] <= 8
