@@ -16,8 +16,9 @@ from remax_lightning.models.language_model import context_length, evaluating, re
 from remax_lightning.models.next_token import log_probs_of
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.rewards import ModelReward
+from remax_lightning.rewards.scorer import reward_columns
 from remax_lightning.rollout import Responses, Samples
-from remax_lightning.rollout.responder import raw_columns
+from remax_lightning.rollout.responder import first_rows, raw_columns
 
 UNREACHABLE_LOG_PROB = -20.0
 """A log-prob, in nats, that no run is long enough to draw."""
@@ -72,8 +73,7 @@ class SelfCheck(Callback):
 
     def _sampled_batch(self, trainer: Trainer, module: PolicyGradientModule) -> "SampledBatch":
         assert trainer.train_dataloader is not None
-        batch = next(iter(trainer.train_dataloader))
-        batch = {name: column[: self.num_prompts] for name, column in batch.items()}
+        batch = first_rows(next(iter(trainer.train_dataloader)), self.num_prompts)
         batch = {name: c.to(module.device) if isinstance(c, Tensor) else c for name, c in batch.items()}
         length = min(self.max_new_tokens, module.sampling.max_new_tokens)
         sampling = replace(module.sampling, max_new_tokens=length, num_samples=1)
@@ -118,7 +118,7 @@ class SampledBatch:
     @cached_property
     def rewards(self) -> Tensor:
         """Rewards of the sampled and greedy responses; what the reward raises, it raises here."""
-        module, columns = self.module, raw_columns(self.batch)
+        module, columns = self.module, reward_columns(raw_columns(self.batch))
         prompts = columns.pop("prompt")
         both = [module.reward(prompts, module.responder.texts(each), **columns) for each in (self.sampled, self.greedy)]
         return torch.cat(both)

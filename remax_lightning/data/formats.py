@@ -20,6 +20,11 @@ TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
 
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, left where text was cut within an emoji
+DEEPEST = 50
+"""Levels of lists and dicts within a row: what walks through a batch recurses, and Python ends at 1000 calls."""
+
+
 class UnusableRow(ValueError):
     """A row without what its format needs; the text says what is wrong."""
 
@@ -73,6 +78,9 @@ def check_prompt(value: object) -> Prompt:
     ending = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt[-1:])
     if not ending.strip():
         raise UnusableRow("empty prompt")
+    texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+    if any(map(LONE_SURROGATE.search, texts)):
+        raise UnusableRow("lone surrogate in the prompt")
     return prompt
 
 
@@ -86,7 +94,24 @@ def check_response(value: object) -> str:
         raise UnusableRow("response is not text")
     if not value or not value.strip():
         raise UnusableRow("empty response")
+    if LONE_SURROGATE.search(value):
+        raise UnusableRow("lone surrogate in the response")
     return value.rstrip()
+
+
+def check_depth(row: Row) -> None:
+    """Refuse a row whose values are nested deeper than `DEEPEST`.
+
+    Raises:
+        UnusableRow: If it is one.
+    """
+    level: list[Any] = list(row.values())
+    for _ in range(DEEPEST):
+        inner = [value for value in level if isinstance(value, dict | list)]
+        level = [value for values in inner for value in (values.values() if isinstance(values, dict) else values)]
+        if not level:
+            return
+    raise UnusableRow(f"nested more than {DEEPEST} levels deep")
 
 
 def read_messages(value: object) -> list[dict[str, str]]:

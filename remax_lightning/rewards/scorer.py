@@ -13,6 +13,14 @@ LARGEST_REWARD = 1e6
 """A reward beyond this size is an error, not a judgement: its row is dropped like one without a finite reward. Rewards
 of models and checks lie within some tens; 1e6 still leaves float32 a resolution of 0.06."""
 
+PARAMETERS = ("self", "prompts", "responses")
+"""What a reward's own parameters are called: a column of such a name cannot be passed beside them."""
+
+
+def reward_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """The columns that a reward is given: all but those that are called like its own parameters."""
+    return {name: column for name, column in columns.items() if name not in PARAMETERS}
+
 
 def score_responses(
     reward: Reward, columns: Mapping[str, Sequence[Any]], *responses: Sequence[str], device: torch.device
@@ -34,7 +42,7 @@ def score_responses(
     num_prompts = len(columns["prompt"])
     keys = [(index * num_prompts // len(texts), text) for texts in responses for index, text in enumerate(texts)]
     positions = {key: position for position, key in enumerate(dict.fromkeys(keys))}
-    unique = {name: [column[prompt] for prompt, _ in positions] for name, column in columns.items()}
+    unique = {name: [column[prompt] for prompt, _ in positions] for name, column in reward_columns(columns).items()}
     try:
         rewards = reward(unique.pop("prompt"), [text for _, text in positions], **unique).to(device)
     except Exception as error:
