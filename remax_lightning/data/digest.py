@@ -9,7 +9,7 @@ from typing import Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from remax_lightning.data.formats import Row, UnusableRow
+from remax_lightning.data.formats import Row, UnusableRow, check_depth, or_unusable
 from remax_lightning.data.order import Position
 from remax_lightning.data.readers import Stream
 from remax_lightning.data.sources import HEAD, SourceTable
@@ -31,9 +31,14 @@ class Hash(Protocol):
 
 
 def add_rows(digest: Hash, rows: Iterable[Row | UnusableRow]) -> None:
-    """Take in rows: names and values of their columns. Of a value that JSON has no form for, its type counts."""
+    """Take in rows: names and values of their columns.
+
+    Of a value that JSON has no form for its type counts, and of a row that cannot be used as it is why.
+    """
     for row in rows:
-        text = json.dumps(plain(row, other=lambda value: type(value).__qualname__), sort_keys=True)
+        read = row if isinstance(row, UnusableRow) else or_unusable(check_depth, row)
+        values = str(read) if isinstance(read, UnusableRow) else plain(row, other=lambda each: type(each).__qualname__)
+        text = json.dumps(values, sort_keys=True)
         digest.update(text.encode() + b"\n")
 
 

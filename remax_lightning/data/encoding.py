@@ -3,10 +3,10 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -14,13 +14,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from remax_lightning.data.digest import LENGTH, add_rows
-from remax_lightning.data.formats import Format, Row, UnusableRow, check_depth, to_chat
+from remax_lightning.data.formats import Format, Row, UnusableRow, check_depth, or_unusable, to_chat
 from remax_lightning.data.readers import BadLine, refuse_bad_lines
 from remax_lightning.data.sources import Source, SourceTable, load_tables
 from remax_lightning.models.tokenizer import Prompt, encode_prompts, encode_responses
 
-P = ParamSpec("P")
-T = TypeVar("T")
 Batch: TypeAlias = dict[str, Any]
 Columns: TypeAlias = tuple[str, ...]
 Example: TypeAlias = dict[str, Any]
@@ -267,14 +265,6 @@ def fill_missing_columns(row: Row | UnusableRow, columns: Columns) -> Row | Unus
 def format_reasons(dropped: Counter[str]) -> str:
     """How often each reason came up, in words."""
     return ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-
-
-def or_unusable(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | UnusableRow:
-    """What a function returns, or the `UnusableRow` that it raises."""
-    try:
-        return function(*args, **kwargs)
-    except UnusableRow as reason:
-        return reason
 
 
 def _chunks(

@@ -7,10 +7,12 @@ that cannot be used raises `UnusableRow`, whose text is the reason to count.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 from remax_lightning.models.tokenizer import Prompt
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Row: TypeAlias = dict[str, Any]
 PromptReader: TypeAlias = Callable[[Row], object]
 ResponseReader: TypeAlias = Callable[[Row], tuple[object, object]]
@@ -27,6 +29,14 @@ DEEPEST = 50
 
 class UnusableRow(ValueError):
     """A row without what its format needs; the text says what is wrong."""
+
+
+def or_unusable(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | UnusableRow:
+    """What a function returns, or the `UnusableRow` that it raises."""
+    try:
+        return function(*args, **kwargs)
+    except UnusableRow as reason:
+        return reason
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Characters that are written as escapes: some programs end a line at U+0085, U+2028 or U+2029, a terminal obeys the
 other control characters, and a lone surrogate is no text in UTF-8."""
 
+LARGEST = 8192
+"""Bits of an integer that is written as a number; Python refuses to write much larger ones in decimal digits."""
+
 
 def json_line(row: Mapping[str, Any]) -> str:
     r"""A row as one line of JSON, whatever its values are; without the line break.
@@ -39,7 +42,7 @@ def plain(value: object, other: Callable[[object], str] = str) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
-        return int(value)
+        return int(value) if value.bit_length() <= LARGEST else hex(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):

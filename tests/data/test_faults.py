@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 
 import pytest
 from data.helpers import CHATML, ROWS, attach, build_tokenizer, dropped, indices, train_batches
@@ -14,7 +15,10 @@ LINES = [json.dumps(row).encode() for row in ROWS]
 
 
 def nested(depth):
-    return {"a": nested(depth - 1)} if depth % 2 else [nested(depth - 1)] if depth else 1
+    value = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
 
 
 def save(folder, lines, name="rows.jsonl"):
@@ -182,6 +186,16 @@ def test_line_that_is_nested_too_deeply_is_a_corrupt_row(tmp_path, streaming):
     assert sorted(indices(train_batches(data))) == list(range(20))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_row_that_is_nested_too_deeply_is_dropped_wherever_it_comes_from(streaming):
+    deep = {"prompt": "Hi", "answer": nested(5000)}
+    data = PromptDataModule(train=[*ROWS, deep], streaming=streaming, batch_size=20)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert sorted(indices(train_batches(attach(data)))) == list(range(20))
+    assert any("1 x nested more than 50 levels deep" in str(warning.message) for warning in caught)
+
+
 def test_file_that_is_nested_too_deeply_is_named(tmp_path):
     (tmp_path / "rows.json").write_text('[{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}]")
     with pytest.raises(ValueError, match=r"cannot read .*rows.json as json: "):
@@ -206,6 +220,7 @@ def test_file_that_is_nested_too_deeply_is_named(tmp_path):
         ({"prompt": [{"role": "user", "content": "\udc00"}]}, "lone surrogate in the prompt"),
         ({"prompt": [{"role": "\udc00", "content": "Hi"}]}, "lone surrogate in the prompt"),
         ({"prompt": "Hi", "answer": nested(51)}, "nested more than 50 levels deep"),
+        ({"prompt": "Hi", "answer": nested(400)}, "nested more than 50 levels deep"),
     ],
 )
 def test_row_that_cannot_be_used_is_dropped_and_counted(write, row, reason):

@@ -57,3 +57,7 @@ def test_a_lone_surrogate_comes_back() -> None:
 )
 def test_values_that_json_lacks(value: object, expected: object) -> None:
     assert read(json_line({"value": value})) == {"value": expected}
+
+
+def test_a_number_too_long_for_decimal_digits() -> None:
+    assert read(json_line({"value": 16**5000})) == {"value": "0x1" + 5000 * "0"}
