@@ -39,7 +39,8 @@ def read(path: str | Path) -> str:
 
 def blocks(text: str, language: str = "") -> list[str]:
     """Fenced blocks in a language, without indentation."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for named, block in found if named == language]
 
 
 def slug(heading: str) -> str:
@@ -189,8 +190,14 @@ def test_commands_parse(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", arguments())
-def test_arguments_parse(given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_parse(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
+    (tmp_path / "my_rewards.py").write_text("\n".join(blocks(read("docs/rewards.md"), "python")))
+    monkeypatch.syspath_prepend(tmp_path)
+    if "torchao" in given:
+        pytest.importorskip("torchao")
     words = ["1" if word == "N" else word for word in shlex.split(given)]
     stage = "predict" if "response_writer" in given else "fit"
     assert any(parses([stage, "--config", config, *words], capsys) for config in CONFIGS), capsys.readouterr().err[

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from remax_lightning.callbacks.checkpoint_store import CheckpointStore
 from remax_lightning.callbacks.loop_snapshot import LoopSnapshot, clear_restarting_flag
-from remax_lightning.callbacks.resume_check import check_configuration
+from remax_lightning.callbacks.resume_check import check_configuration, check_trainer_settings, trainer_settings
 from remax_lightning.callbacks.sigterm_guard import SigtermGuard, Terminated, end_children
 from remax_lightning.callbacks.snapshot_saver import SnapshotSaver
 from remax_lightning.checkpoints.find_checkpoint import check_ranks_agree, find_checkpoint
@@ -129,6 +129,7 @@ class Checkpoint(ModelCheckpoint):
         """Make it the state after the last finished step, and add what a resumed run is compared with."""
         assert isinstance(pl_module, TrainableModule)
         checkpoint.update(fingerprint=fingerprint(pl_module), configuration=self.configuration)
+        checkpoint["trainer_settings"] = trainer_settings(trainer, pl_module.sharding)
         if self.snapshot is not None:
             self.snapshot.write_to(checkpoint, trainer)
 
@@ -136,9 +137,13 @@ class Checkpoint(ModelCheckpoint):
         """Compare the configurations."""
         path = os.path.realpath(checkpoint["read_from"])
         self.store.resumed_from = self.saver.path = self.last_model_path = path
+        if trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, TrainableModule)
         old = checkpoint.get("configuration")
-        if trainer.state.fn == "fit" and old and self.configuration:
+        if old and self.configuration:
             check_configuration(old, self.configuration)
+        check_trainer_settings(checkpoint.get("trainer_settings", {}), trainer_settings(trainer, pl_module.sharding))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with nothing to save; from here on SIGTERM is handled."""

@@ -20,7 +20,7 @@ from remax_lightning.models.next_token import policy_gradient_of
 from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.modules.remax import ReMax
 from remax_lightning.rollout import Responses
-from remax_lightning.rollout.responder import raw_columns
+from remax_lightning.rollout.responder import first_rows, raw_columns
 
 
 class GradientVariance(Callback):
@@ -95,7 +95,7 @@ class GradientVariance(Callback):
         if pl_module.global_step // pl_module.updates_per_batch % self.every_n_train_steps > 0:
             return
         start = time.perf_counter()
-        part = {name: column[: self.num_prompts] for name, column in batch.items()}
+        part = first_rows(batch, self.num_prompts)
         with trainer.profiler.profile("gradient_variance"), trainer.precision_plugin.forward_context():  # type: ignore[attr-defined]
             own = self._sums(pl_module, part)
             sums = VarianceSums(*(pl_module.sum_over_ranks(each) for each in own))

@@ -1,18 +1,25 @@
 """What predict and test found, row by row, in a file."""
 
-import json
+import contextlib
 import os
 from collections.abc import Iterable
 from typing import Any, Literal, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from remax_lightning.rollout.plain_rows import json_line
 
 Row = dict[str, Any]
+
+PARTIAL = ".partial"  # suffix of a file that lacks rows
 
 
 class ResponseWriter(Callback):
     """Writes the rows of ``predict`` and ``test`` as they come.
+
+    They go to a file with the suffix ``.partial``, which takes its own name, and the place of an older one, when it is
+    complete. What an interrupted run has written stays there until the next one has rows.
 
     Args:
         path: File to write; the default is ``predictions.jsonl`` or ``responses.jsonl`` (test) in
@@ -30,58 +37,65 @@ class ResponseWriter(Callback):
         generator: str = "remax",
     ) -> None:
         self.path, self.format, self.generator = path, format, generator
-        self.file: TextIO | None = None
+        self.target = ""  # of the run that is under way; empty without one
+        self.file: TextIO | None = None  # opened for the first rows: a run that fails before them destroys nothing
+        self.end = 0  # of the rows in it
         self.num_rows = 0
 
-    def _open(self, trainer: Trainer, name: str) -> None:
+    def _start(self, trainer: Trainer, name: str) -> None:
         path = self.path or os.path.join(trainer.default_root_dir, name)
         if trainer.world_size > 1:
             stem, suffix = os.path.splitext(path)
             path = f"{stem}.{trainer.global_rank}{suffix}"
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        self.file, self.num_rows = open(path, "w", encoding="utf-8"), 0  # noqa: SIM115 (closed by _close)
-        if self.format == "alpaca_eval":
-            self.file.write("[")
+        self.target, self.file, self.num_rows = path, None, 0
 
     def _write(self, rows: Iterable[Row]) -> None:
-        assert self.file is not None
+        """Add rows; the file is valid after each batch."""
+        is_list = self.format == "alpaca_eval"
+        if self.file is None:
+            self.file = open(self.target + PARTIAL, "w", encoding="utf-8")  # noqa: SIM115 (closed by _close)
+            self.file.write("[" if is_list else "")
+            self.end = self.file.tell()
+        self.file.seek(self.end)
+        count = self.num_rows
         for row in rows:
-            if self.format == "alpaca_eval":
-                text = ("," if self.num_rows else "") + "\n" + json.dumps(self._alpaca_eval(row), ensure_ascii=False)
-            else:
-                text = json.dumps(row, ensure_ascii=False) + "\n"
-            self.file.write(text)
-            self.num_rows += 1
+            separator = ",\n" if count else "\n"
+            count += 1
+            self.file.write(separator + json_line(self._alpaca_eval(row)) if is_list else json_line(row) + "\n")
+        self.end = self.file.tell()
+        self.file.write("\n]\n" if is_list else "")
         self.file.flush()
+        self.num_rows = count
 
     def _alpaca_eval(self, row: Row) -> Row:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         kept = {name: row[name] for name in ("dataset",) if name in row}
         return {"instruction": prompt, "output": row["response"], "generator": self.generator, **kept}
 
-    def _close(self) -> None:
+    def _finish(self) -> None:
+        """Give the file its name."""
         if self.file is not None:
-            if self.format == "alpaca_eval":
-                self.file.write("\n]\n")
             self.file.close()
-            rank_zero_info(f"wrote {self.num_rows} rows to {self.file.name}")
-            self.file = None
+            os.replace(self.target + PARTIAL, self.target)
+            rank_zero_info(f"wrote {self.num_rows} rows to {self.target}")
+        self.target, self.file = "", None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the file."""
-        self._open(trainer, "predictions.jsonl" if self.format == "rows" else "predictions.json")
+        """Choose the file."""
+        self._start(trainer, "predictions.jsonl" if self.format == "rows" else "predictions.json")
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Write a batch."""
         self._write(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file."""
-        self._close()
+        """Give the file its name."""
+        self._finish()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the file."""
-        self._open(trainer, "responses.jsonl")
+        """Choose the file."""
+        self._start(trainer, "responses.jsonl")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Write a batch, if the module's test gives rows."""
@@ -89,9 +103,16 @@ class ResponseWriter(Callback):
             self._write(outputs["rows"])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file."""
-        self._close()
+        """Give the file its name."""
+        self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep what was written so far."""
-        self._close()
+        """Leave what was written so far in the partial file, and say so."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # a full disk, which is what ended the run
+                self.file.close()
+            rank_zero_warn(
+                f"{self.target} is not complete: the {self.num_rows} rows so far are in {self.target}{PARTIAL}, until "
+                "the next run"
+            )
+        self.target, self.file = "", None

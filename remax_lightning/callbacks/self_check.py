@@ -18,7 +18,7 @@ from remax_lightning.modules.policy_gradient import PolicyGradientModule
 from remax_lightning.rewards import ModelReward
 from remax_lightning.rewards.scorer import checked_rewards
 from remax_lightning.rollout import Responses, Samples
-from remax_lightning.rollout.responder import raw_columns
+from remax_lightning.rollout.responder import first_rows, raw_columns
 from remax_lightning.rollout.types import are_finite
 
 UNREACHABLE_LOG_PROB = -20.0
@@ -75,8 +75,7 @@ class SelfCheck(Callback):
 
     def _sampled_batch(self, trainer: Trainer, module: PolicyGradientModule) -> "SampledBatch":
         assert trainer.train_dataloader is not None
-        batch = next(iter(trainer.train_dataloader))
-        batch = {name: column[: self.num_prompts] for name, column in batch.items()}
+        batch = first_rows(next(iter(trainer.train_dataloader)), self.num_prompts)
         batch = {name: c.to(module.device) if isinstance(c, Tensor) else c for name, c in batch.items()}
         length = min(self.max_new_tokens, module.sampling.max_new_tokens)
         sampling = replace(module.sampling, max_new_tokens=length, num_samples=1)

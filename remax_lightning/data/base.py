@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from remax_lightning.data.digest import joint_digest, stream_digest, warn_of_changed_rows
 from remax_lightning.data.encoding import Batch, Example, LongPrompts, RowEncoder, encode_tables, open_tables
 from remax_lightning.data.order import (
     Position,
@@ -23,7 +24,7 @@ from remax_lightning.data.order import (
     split_rows,
 )
 from remax_lightning.data.sources import ACCEPTED, Source, SourceTable, check_sources, list_sources, source_name
-from remax_lightning.data.streaming import POSITION, StreamedWindows, StreamLoader
+from remax_lightning.data.streaming import StreamedBatch, StreamedWindows, StreamLoader
 from remax_lightning.functional.keyed_random import run_seed
 from remax_lightning.models.tokenizer import load_tokenizer
 
@@ -106,6 +107,7 @@ class TokenizedDataModule(LightningDataModule):
         self.position = Position()
         self.examples: dict[Split, list[Example]] = {}
         self.source_sizes: list[int] = []  # examples of each source of train
+        self.digests: dict[str, str] = {}  # of the rows of each split that was read
         self.stream: list[SourceTable] = []
         self.validation_options: dict[str, Any] = {}  # the trainer's, where a fit has no validation rows
         self.encoder: RowEncoder
@@ -130,15 +132,25 @@ class TokenizedDataModule(LightningDataModule):
         """Number of ranks that the rows are split among; 1 without a trainer."""
         return 1 if self.trainer is None else self.trainer.world_size
 
+    @property
+    def digest(self) -> str:
+        """A digest of the content and order of all rows that `setup` has read: the same on ranks with the same rows.
+
+        It does not depend on where the rows are stored, nor on how they are tokenized. Of rows that are streamed a part
+        counts; see :func:`stream_digest`.
+        """
+        return joint_digest(self.digests)
+
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenize the splits of a stage. A trainer that has taken no step yet begins with the first row."""
         if stage == "fit" and self.trainer is not None and self.trainer.global_step == 0:
-            self.load_state_dict(asdict(Position()))
+            self.position.go_to(**asdict(Position()))
         check_trainer(self, stage)
         self.encoder = self.encoder_with(find_tokenizer(self))
         for split in SPLITS_OF_STAGE[stage]:
             if split == "train" and self.streaming:
                 self.stream = open_tables("train", self.train, self.encoder, streaming=True)
+                self.digests["train"] = stream_digest(self.stream)
             else:
                 self._read_split(split)
         if stage is not None and not (stage == "fit" and self.stream):
@@ -165,7 +177,7 @@ class TokenizedDataModule(LightningDataModule):
         else:
             rows_of_epoch = partial(mixed_rows, sizes=self.source_sizes, weights=self.weights, seed=seed)
         self.order = TrainingOrder(len(examples), self.batch_size, *ranks, self.position, rows_of_epoch)
-        return self._loader(examples, batch_size=self.batch_size, sampler=self.order)
+        return row_loader(self, examples, batch_size=self.batch_size, sampler=self.order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of the validation rows, none if there are no such rows."""
@@ -181,21 +193,22 @@ class TokenizedDataModule(LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Advance the position by a training batch."""
-        streamed_up_to = batch.pop(POSITION, None)
         if self.trainer is not None and self.trainer.training:
-            if streamed_up_to is None:
-                self.order.take_batch(self.position)
+            if isinstance(batch, StreamedBatch):
+                self.position.go_to(**asdict(batch.position))
             else:
-                self.load_state_dict(asdict(streamed_up_to))
-        return batch
+                self.order.take_batch(self.position)
+        return dict(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training order."""
-        return asdict(self.position)
+        """The position in the training order, and the digests of the rows."""
+        return {**asdict(self.position), "digests": dict(self.digests)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position."""
-        self.position.epoch, self.position.rows = state_dict["epoch"], state_dict["rows"]
+        """Go on from a saved position; if a fit has other rows than before, a warning says what follows from it."""
+        self.position.go_to(state_dict["epoch"], state_dict["rows"])
+        if "train" in self.digests:
+            warn_of_changed_rows(state_dict.get("digests", {}), self.digests, self.position)
 
     def _read_split(self, split: Split) -> None:
         """Read and tokenize the rows of a split; nothing without a source."""
@@ -209,7 +222,7 @@ class TokenizedDataModule(LightningDataModule):
             num_rows = min(self.limit, num_rows)
         fraction = self.validation_fraction if is_divided else 0.0
         indices = split_rows(num_rows, fraction, run_seed(self.seed))[is_divided and split == "validation"]
-        examples, sizes = encode_tables(split, tables, indices, self.encoder, self.skip_bad_rows)
+        examples, sizes, self.digests[split] = encode_tables(split, tables, indices, self.encoder, self.skip_bad_rows)
         self.examples[split] = examples
         if split == "train" and self.weights is not None:
             check_sizes(sizes, self.train)
@@ -225,17 +238,18 @@ class TokenizedDataModule(LightningDataModule):
         examples = self._examples(split)
         batch_size = self.eval_batch_size or self.batch_size
         batches = even_batches(split, len(examples), batch_size, self.rank, self.world_size)
-        return self._loader(examples[self.rank :: self.world_size], batch_sampler=batches)
+        return row_loader(self, examples[self.rank :: self.world_size], batch_sampler=batches)
 
-    def _loader(self, examples: list[Example], **order: Any) -> DataLoader[Any]:
-        """A loader that draws nothing from the global random generator, on which dropout may depend."""
-        return ResumableLoader(
-            cast(Any, examples),
-            num_workers=self.num_workers,
-            collate_fn=self.encoder.collate,
-            generator=torch.Generator().manual_seed(run_seed(self.seed)),
-            **order,
-        )
+
+def row_loader(data: TokenizedDataModule, examples: list[Example], **order: Any) -> DataLoader[Any]:
+    """A loader that draws nothing from the global random generator, on which dropout may depend."""
+    return ResumableLoader(
+        cast(Any, examples),
+        num_workers=data.num_workers,
+        collate_fn=data.encoder.collate,
+        generator=torch.Generator().manual_seed(run_seed(data.seed)),
+        **order,
+    )
 
 
 def check_arguments(data: TokenizedDataModule) -> None:

@@ -4,12 +4,16 @@ from array import array
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from remax_lightning.data.base import TokenizedDataModule
 from remax_lightning.data.encoding import Batch, Example, RowEncoder, Text, Tokens
 from remax_lightning.data.formats import Format, Row, UnusableRow, column_format, find_format
 from remax_lightning.functional.sequence import left_pad, length_mask, right_pad
+from remax_lightning.rewards.scorer import PARAMETERS
+
+TENSORS = ("prompt_ids", "prompt_mask", "prompt_index")  # of a batch of prompts
 
 
 @dataclass(kw_only=True, eq=False, repr=False)  # so that errors of the constructor name this class
@@ -95,6 +99,27 @@ class PromptEncoder(RowEncoder):
     def choose_format(self, columns: list[str]) -> Format | None:
         """The explicit column, or a known format."""
         return column_format(self.prompt_column) if self.prompt_column else find_format(columns, "prompts")
+
+    def check_format(self, name: str, columns: list[str]) -> None:
+        """Warn of columns that a batch or a reward cannot have, since something else has their name.
+
+        Raises:
+            ValueError: If rows with these columns cannot be read.
+        """
+        super().check_format(name, columns)
+        data_format = self.choose_format(columns)
+        assert data_format is not None
+        others = [column for column in columns if column not in data_format.columns]
+        if lost := [column for column in others if column in TENSORS]:
+            rank_zero_warn(
+                f"{name}: the columns {lost} are left out, since a batch has tensors of these names; rename them to "
+                "keep them"
+            )
+        if hidden := [column for column in others if column in PARAMETERS]:
+            rank_zero_warn(
+                f"{name}: the columns {hidden} are not given to rewards, whose own parameters have these names; rename "
+                "them if a reward needs them"
+            )
 
     def read(self, row: Row, data_format: Format) -> Text:
         """The prompt."""

@@ -1,24 +1,24 @@
 """From rows to examples: what is read in a row, its tokens, and a count of the rows that cannot be used."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from datasets import Dataset
 from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from remax_lightning.data.formats import Format, Row, UnusableRow, to_chat
+from remax_lightning.data.digest import LENGTH, add_rows
+from remax_lightning.data.formats import Format, Row, UnusableRow, check_depth, or_unusable, to_chat
 from remax_lightning.data.readers import BadLine, refuse_bad_lines
 from remax_lightning.data.sources import Source, SourceTable, load_tables
 from remax_lightning.models.tokenizer import Prompt, encode_prompts, encode_responses
 
-P = ParamSpec("P")
-T = TypeVar("T")
 Batch: TypeAlias = dict[str, Any]
 Columns: TypeAlias = tuple[str, ...]
 Example: TypeAlias = dict[str, Any]
@@ -32,6 +32,20 @@ class Text(NamedTuple):
 
     prompt: Prompt
     responses: tuple[str, ...] = ()
+
+
+class Encoded(NamedTuple):
+    """The usable rows of a split.
+
+    Args:
+        examples: In the order of the rows; each has its row's index in the sources as `prompt_index`.
+        sizes: Number of examples from each source.
+        digest: Of all rows that were read, the unusable ones too.
+    """
+
+    examples: list[Example]
+    sizes: list[int]
+    digest: str
 
 
 class Tokens(NamedTuple):
@@ -98,7 +112,7 @@ class RowEncoder(ABC):
         """
         formats = {names: cast(Format, self.choose_format(list(names))) for names in set(columns)}
         texts = [
-            row if isinstance(row, UnusableRow) else or_unusable(self.read, row, formats[names])
+            row if isinstance(row, UnusableRow) else or_unusable(self._read, row, formats[names])
             for row, names in zip(rows, columns, strict=True)
         ]
         tokens = iter(tokenize(self.tokenizer, [text for text in texts if isinstance(text, Text)]))
@@ -106,6 +120,10 @@ class RowEncoder(ABC):
             text if isinstance(text, UnusableRow) else or_unusable(self._build, cast(Row, row), text, next(tokens))
             for row, text in zip(rows, texts, strict=True)
         ]
+
+    def _read(self, row: Row, data_format: Format) -> Text:
+        check_depth(row)
+        return self.read(row, data_format)
 
     def _build(self, row: Row, text: Text, tokens: Tokens | UnusableRow) -> Example:
         if isinstance(tokens, UnusableRow):
@@ -188,7 +206,7 @@ def open_tables(key: str, source: Source, encoder: RowEncoder, streaming: bool =
 
 def encode_tables(
     name: str, tables: Sequence[SourceTable], indices: Sequence[int], encoder: RowEncoder, skip_bad_rows: int
-) -> tuple[list[Example], list[int]]:
+) -> Encoded:
     """Examples of the rows that can be used; one warning says how many cannot, and why.
 
     Args:
@@ -198,10 +216,6 @@ def encode_tables(
         encoder: Makes examples.
         skip_bad_rows: Number of corrupt rows above which they are an error.
 
-    Returns:
-        The examples in the order of `indices`, each with its row's index in the sources as `prompt_index`, and the
-        number of examples from each source.
-
     Raises:
         ValueError: If no row can be used, or too many are corrupt.
     """
@@ -210,10 +224,13 @@ def encode_tables(
     bad: list[BadLine] = []
     dropped: Counter[str] = Counter()
     sizes = [0] * (1 + max(table.number for table in tables))
+    digest = hashlib.sha256()
     for table, chunk, rows in _chunks(tables, indices):
         bad += [row for row in rows if isinstance(row, BadLine)]
         refuse_bad_lines(bad, skip_bad_rows)
-        outcomes = encoder.encode([fill_missing_columns(row, columns) for row in rows], [table.columns] * len(rows))
+        rows = [fill_missing_columns(row, columns) for row in rows]
+        add_rows(digest, rows)
+        outcomes = encoder.encode(rows, [table.columns] * len(rows))
         for index, outcome in zip(chunk, outcomes, strict=True):
             if isinstance(outcome, UnusableRow):
                 dropped[str(outcome)] += 1
@@ -221,7 +238,7 @@ def encode_tables(
                 examples.append({**outcome, "prompt_index": index})
                 sizes[table.number] += 1
     _report_dropped(name, dropped, len(indices), columns)
-    return examples, sizes
+    return Encoded(examples, sizes, digest.hexdigest()[:LENGTH])
 
 
 def _report_dropped(name: str, dropped: Counter[str], num_rows: int, columns: Columns) -> None:
@@ -248,14 +265,6 @@ def fill_missing_columns(row: Row | UnusableRow, columns: Columns) -> Row | Unus
 def format_reasons(dropped: Counter[str]) -> str:
     """How often each reason came up, in words."""
     return ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-
-
-def or_unusable(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | UnusableRow:
-    """What a function returns, or the `UnusableRow` that it raises."""
-    try:
-        return function(*args, **kwargs)
-    except UnusableRow as reason:
-        return reason
 
 
 def _chunks(

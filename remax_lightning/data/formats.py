@@ -7,10 +7,12 @@ that cannot be used raises `UnusableRow`, whose text is the reason to count.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 from remax_lightning.models.tokenizer import Prompt
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Row: TypeAlias = dict[str, Any]
 PromptReader: TypeAlias = Callable[[Row], object]
 ResponseReader: TypeAlias = Callable[[Row], tuple[object, object]]
@@ -20,8 +22,21 @@ TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
 
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, left where text was cut within an emoji
+DEEPEST = 50
+"""Levels of lists and dicts within a row: what walks through a batch recurses, and Python ends at 1000 calls."""
+
+
 class UnusableRow(ValueError):
     """A row without what its format needs; the text says what is wrong."""
+
+
+def or_unusable(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | UnusableRow:
+    """What a function returns, or the `UnusableRow` that it raises."""
+    try:
+        return function(*args, **kwargs)
+    except UnusableRow as reason:
+        return reason
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,9 @@ def check_prompt(value: object) -> Prompt:
     ending = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt[-1:])
     if not ending.strip():
         raise UnusableRow("empty prompt")
+    texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+    if any(map(LONE_SURROGATE.search, texts)):
+        raise UnusableRow("lone surrogate in the prompt")
     return prompt
 
 
@@ -86,7 +104,24 @@ def check_response(value: object) -> str:
         raise UnusableRow("response is not text")
     if not value or not value.strip():
         raise UnusableRow("empty response")
+    if LONE_SURROGATE.search(value):
+        raise UnusableRow("lone surrogate in the response")
     return value.rstrip()
+
+
+def check_depth(row: Row) -> None:
+    """Refuse a row whose values are nested deeper than `DEEPEST`.
+
+    Raises:
+        UnusableRow: If it is one.
+    """
+    level: list[Any] = list(row.values())
+    for _ in range(DEEPEST):
+        inner = [value for value in level if isinstance(value, dict | list)]
+        level = [value for values in inner for value in (values.values() if isinstance(values, dict) else values)]
+        if not level:
+            return
+    raise UnusableRow(f"nested more than {DEEPEST} levels deep")
 
 
 def read_messages(value: object) -> list[dict[str, str]]:

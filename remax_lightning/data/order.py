@@ -21,6 +21,10 @@ class Position:
     epoch: int = 0
     rows: int = 0
 
+    def go_to(self, epoch: int, rows: int) -> None:
+        """Move; whoever reads this position reads the new one."""
+        self.epoch, self.rows = epoch, rows
+
 
 def shuffled_rows(epoch: int, num_rows: int, seed: int) -> np.ndarray:
     """An epoch that has each of the rows once: their indices, (num_rows,)."""

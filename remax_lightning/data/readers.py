@@ -15,6 +15,9 @@ from remax_lightning.data.formats import Row, UnusableRow
 
 ReadRow: TypeAlias = Callable[[], Row | UnusableRow]
 
+UNREADABLE = (ValueError, EOFError, OSError, RecursionError, zlib.error)
+"""What the libraries raise of a file that is cut off, corrupt or of another kind; they seldom name it."""
+
 CHUNK = 1000  # rows that the datasets library converts at a time
 
 
@@ -61,7 +64,7 @@ def parse_line(file: str, number: int, line: bytes) -> Row | BadLine:
     """The row on a line."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return BadLine(f"{file}, line {number}", f"not valid JSON ({error})")
     return row if isinstance(row, dict) else BadLine(f"{file}, line {number}", "not a JSON object")
 
@@ -80,7 +83,13 @@ class Stream:
     """Rows in order, which can be read again and from any row on.
 
     An item is a function that reads the row: a row that is skipped is never parsed.
+
+    Args:
+        files: The local files that they are in, in order; none of rows from elsewhere.
     """
+
+    def __init__(self, files: Sequence[str] = ()) -> None:
+        self.files = files
 
     def __iter__(self) -> Iterator[ReadRow]:
         return self.read_from(0)
@@ -91,14 +100,7 @@ class Stream:
 
 
 class LineStream(Stream):
-    """Rows of .jsonl files, compressed or not.
-
-    Args:
-        files: The files, in order.
-    """
-
-    def __init__(self, files: Sequence[str]) -> None:
-        self.files = files
+    """Rows of .jsonl files, compressed or not."""
 
     def read_from(self, start: int) -> Iterator[ReadRow]:
         """The rows from number `start` on; the lines before it are not parsed."""
@@ -112,13 +114,17 @@ class TableStream(Stream):
     Args:
         dataset: The rows, the same in the same order whenever they are read.
         name: Name of the source in messages.
+        files: The local files that they are in; none of rows from elsewhere.
     """
 
-    def __init__(self, dataset: IterableDataset, name: str) -> None:
+    def __init__(self, dataset: IterableDataset, name: str, files: Sequence[str] = ()) -> None:
+        super().__init__(files)
         try:  # without its features, the library would leave values of mixed types encoded
             self.dataset = dataset if dataset.features is not None else dataset._resolve_features()
         except StopIteration as error:
             raise ValueError(f"cannot read {name}: there is no row in it") from error
+        except UNREADABLE as error:
+            raise ValueError(f"cannot read {name}: {error}") from error
         self.name = name
 
     def read_from(self, start: int) -> Iterator[ReadRow]:
@@ -131,7 +137,7 @@ class TableStream(Stream):
             for chunk in dataset.iter(batch_size=CHUNK):
                 for values in zip(*chunk.values(), strict=True):
                     yield partial(_row, tuple(chunk), values)
-        except ValueError as error:
+        except UNREADABLE as error:
             raise ValueError(f"cannot read {self.name}: {error}") from error
 
 

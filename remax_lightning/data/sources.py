@@ -12,7 +12,16 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from remax_lightning.data.formats import Row, UnusableRow
-from remax_lightning.data.readers import BadLine, LineStream, Stream, TableStream, has_lines, parse_line, read_lines
+from remax_lightning.data.readers import (
+    UNREADABLE,
+    BadLine,
+    LineStream,
+    Stream,
+    TableStream,
+    has_lines,
+    parse_line,
+    read_lines,
+)
 from remax_lightning.models.hub import check_reachable
 
 OneSource: TypeAlias = str | Dataset | IterableDataset | list[Row]
@@ -146,7 +155,7 @@ def _load_files(builder: str, in_lines: bool, files: list[str]) -> Rows:
     """The rows of files of one kind; line by line only if some line is not like the others."""
     try:
         return load_dataset(builder, data_files=files, split="train")
-    except (DatasetGenerationError, ValueError, EOFError, StopIteration) as error:
+    except (DatasetGenerationError, StopIteration, *UNREADABLE) as error:
         if in_lines:
             rows = [parse_line(file, *line) for file in files for line in read_lines(file)]
             if rows:
@@ -160,8 +169,9 @@ def _stream_files(builder: str, in_lines: bool, files: list[str]) -> Rows | Stre
     if builder == "json":  # one array, which has to be parsed in one piece; the loaded rows stay on the disk
         return _load_files(builder, in_lines, files)
     try:
-        return TableStream(load_dataset(builder, data_files=files, split="train", streaming=True), ", ".join(files))
-    except ValueError as error:
+        rows = load_dataset(builder, data_files=files, split="train", streaming=True)
+        return TableStream(rows, ", ".join(files), files)
+    except UNREADABLE as error:
         raise _unreadable(files, builder, error) from error
 
 

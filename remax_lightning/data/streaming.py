@@ -27,7 +27,18 @@ T = TypeVar("T")
 Encode: TypeAlias = Callable[[Sequence[Row | UnusableRow], Sequence[Columns]], list[Example | UnusableRow]]
 """`RowEncoder.encode`: examples of rows, or why they cannot be used, in their order."""
 
-POSITION = "_position"  # key of a streamed batch: the position after it
+
+class StreamedBatch(dict[str, Any]):
+    """A batch of a stream.
+
+    Args:
+        entries: Its tensors and columns.
+        position: The position after it. It is no entry: those are what the data has, of one value for each row.
+    """
+
+    def __init__(self, entries: dict[str, Any], position: Position) -> None:
+        super().__init__(entries)
+        self.position = position
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ class StreamLoader(Resumable):
         self.num_workers = num_workers
         self.skip_bad_rows = skip_bad_rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[StreamedBatch]:
         position, num_batches = replace(self.position), 0
         while not num_batches:
             for batch in self._rest_of_epoch(position):
@@ -156,7 +167,7 @@ class StreamLoader(Resumable):
                 )
             position = Position(position.epoch + 1, 0)
 
-    def _rest_of_epoch(self, position: Position) -> Iterator[dict[str, Any]]:
+    def _rest_of_epoch(self, position: Position) -> Iterator[StreamedBatch]:
         """Batches up to the end of the epoch; each waits until it is known whether it is the last."""
         waiting: deque[tuple[int, Example]] = deque()
         complete_batch: tuple[int, list[Example]] | None = None
@@ -170,8 +181,8 @@ class StreamLoader(Resumable):
         if complete_batch is not None:
             yield self._batch(complete_batch[1], Position(position.epoch + 1, 0))
 
-    def _batch(self, examples: list[Example], position: Position) -> dict[str, Any]:
-        return {**self.collate(examples[self.rank :: self.world_size]), POSITION: position}
+    def _batch(self, examples: list[Example], position: Position) -> StreamedBatch:
+        return StreamedBatch(self.collate(examples[self.rank :: self.world_size]), position)
 
     def _read(self, position: Position) -> Iterator[Window]:
         """The windows from a position on; at the end, a warning counts the rows dropped."""

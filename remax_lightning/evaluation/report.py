@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -98,7 +99,8 @@ def report(
     Prints a table and samples, and writes OUTPUT_DIR/summary.json and OUTPUT_DIR/reward.png.
 
     Args:
-        run_dir: Folder of the run (`trainer.default_root_dir`); its newest logs/version_*/metrics.csv is plotted.
+        run_dir: Folder of the run (`trainer.default_root_dir`); its newest logs/version_*/metrics.csv is plotted, after
+            those that it was resumed from.
         responses: JSON lines file of the test run: a row for each prompt with both models' responses and rewards. The
             default is RUN_DIR/responses.jsonl.
         output_dir: Folder to write; created if it does not exist. The default is RUN_DIR.
@@ -134,9 +136,14 @@ def report(
 def read_responses(path: Path) -> list[Row]:
     """Reads the rows of a responses file and checks that they have what the report needs."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no responses file {path}; write it first with `python cli.py test`")
+        partial = path.with_name(f"{path.name}.partial")
+        hint = f", only {partial.name} of a test that did not end" if partial.is_file() else ""
+        raise FileNotFoundError(f"there is no responses file {path}{hint}; write it first with `python cli.py test`")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines, which breaks lines within texts, too
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -154,21 +161,45 @@ def read_responses(path: Path) -> list[Row]:
 
 
 def read_metrics(run_dir: Path) -> pandas.DataFrame:
-    """Reads the metrics of a run's newest version."""
+    """Reads the metrics of a run: of its newest version, and of the ones that it was resumed from what came before."""
     files = list(run_dir.glob("logs/version_[0-9]*/metrics.csv"))
     if not files:
         raise FileNotFoundError(
             f"there is no {run_dir}/logs/version_*/metrics.csv; give the folder of a run that was logged by a "
             "CSVLogger, which is the default (--trainer.logger)"
         )
-    newest = max(files, key=lambda file: int(file.parent.name.removeprefix("version_")))
+    files.sort(key=lambda file: int(file.parent.name.removeprefix("version_")))
+    metrics = read_version(files[-1])
+    for file, older in zip(files[::-1], files[-2::-1], strict=False):
+        if not is_resumed(file, metrics):
+            break
+        earlier = read_version(older)
+        metrics = pandas.concat([earlier[earlier["step"] < metrics["step"].min()], metrics], ignore_index=True)
+    metrics.attrs["path"] = str(files[-1])
+    return metrics
+
+
+def is_resumed(file: Path, metrics: pandas.DataFrame) -> bool:
+    """Whether a version of a run goes on where an older one has stopped.
+
+    Args:
+        file: Its metrics.csv, with the configuration of the run beside it if it is one of the command line.
+        metrics: What is known from it on.
+    """
+    config = file.with_name("config.yaml")
+    if config.is_file() and yaml.safe_load(config.read_text(encoding="utf-8")).get("ckpt_path") is None:
+        return False
+    return not metrics["step"].min() <= 0  # no steps at all: it was resumed and ended at once
+
+
+def read_version(file: Path) -> pandas.DataFrame:
+    """Reads one metrics.csv."""
     try:
-        metrics = pandas.read_csv(newest)
+        metrics = pandas.read_csv(file)
     except pandas.errors.EmptyDataError as error:
-        raise ValueError(f"{newest} must hold the metrics of a run; it is empty; run the training again") from error
+        raise ValueError(f"{file} must hold the metrics of a run; it is empty; run the training again") from error
     if "step" not in metrics:
-        raise ValueError(f"{newest} must have a column `step`; it has {list(metrics)}")
-    metrics.attrs["path"] = str(newest)
+        raise ValueError(f"{file} must have a column `step`; it has {list(metrics)}")
     return metrics
 
 

@@ -3,13 +3,15 @@
 The defaults are functions with a name, not lambdas, so that a printed or saved configuration can be read again.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
@@ -46,6 +48,47 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+class Schedule(LambdaLR):
+    """The course of the learning rate over the steps of a run.
+
+    A run that is resumed with another number of steps, or another schedule, goes on on the new curve at once; a warning
+    says what becomes of the rate. Without one, the rate is that of the checkpoint, to the bit.
+
+    Args:
+        optimizer: The optimizer.
+        factor: From the number of steps taken to the factor of the peak rate.
+        total_steps: Steps of the run; None if the rate does not depend on it.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], total_steps: int | None) -> None:
+        self.total_steps = total_steps
+        super().__init__(optimizer, factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state; the optimizer's has to be loaded before."""
+        total_steps = self.total_steps
+        super().load_state_dict(state_dict)
+        before, self.total_steps = self.total_steps, total_steps
+        groups, step = self.optimizer.param_groups, self.last_epoch
+        rates = [rate * factor(step) for rate, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        saved = [float(group["lr"]) for group in groups]
+        is_same = all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(rates, saved, strict=True))
+        if is_same and before == total_steps:
+            return
+        for group, rate in zip(groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = rates
+        rank_zero_warn(
+            f"the learning rate of step {step} is {float(rates[0]):.4g}, where the checkpoint has {saved[0]:.4g}: it "
+            f"follows the schedule of this run ({total_steps or 'any number of'} steps; before: "
+            f"{before or 'any number of'}) from here on; set trainer.max_steps (or max_epochs) and model.lr_schedule "
+            "as they were for the old course"
+        )
+
+
 def configured_schedule(
     optimizer: Optimizer,
     lr_schedule: LearningRateSchedule,
@@ -66,7 +109,7 @@ def configured_schedule(
         ValueError: If the number of steps is needed and not known.
     """
     if lr_schedule == "constant" and warmup_fraction == 0:
-        return get_scheduler("constant", optimizer)
+        return Schedule(optimizer, lambda step: 1.0, None)
     steps = trainer.estimated_stepping_batches
     if trainer.max_steps == -1:  # batches; otherwise optimizer steps
         steps *= updates_per_batch
@@ -76,7 +119,8 @@ def configured_schedule(
             "trainer.max_steps or trainer.max_epochs"
         )
     name = "constant_with_warmup" if lr_schedule == "constant" else lr_schedule
-    return get_scheduler(name, optimizer, int(warmup_fraction * int(steps)), int(steps))
+    (factor, *_) = get_scheduler(name, optimizer, int(warmup_fraction * int(steps)), int(steps)).lr_lambdas
+    return Schedule(optimizer, factor, int(steps))
 
 
 def policy_gradient_adamw(params: Parameters) -> AdamW:

@@ -19,6 +19,14 @@ LARGEST_REWARD = 1e6
 """A reward beyond this size is an error, not a judgement: its row is dropped like one without a finite reward. Rewards
 of models and checks lie within some tens; 1e6 still leaves float32 a resolution of 0.06."""
 
+PARAMETERS = ("self", "prompts", "responses")
+"""What a reward's own parameters are called: a column of such a name cannot be passed beside them."""
+
+
+def reward_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """The columns that a reward is given: all but those that are called like its own parameters."""
+    return {name: column for name, column in columns.items() if name not in PARAMETERS}
+
 
 def checked_rewards(reward: Reward, columns: Mapping[str, Sequence[Any]], responses: Sequence[str]) -> Tensor:
     """Rewards of responses, by one call that can change neither the data nor the state of the process.
@@ -35,7 +43,7 @@ def checked_rewards(reward: Reward, columns: Mapping[str, Sequence[Any]], respon
         ValueError: If the reward does not return one number for each response.
         RuntimeError: If it ends Python, as ``sys.exit`` does; whatever else it raises is raised as it is.
     """
-    given = {name: [deepcopy(value) for value in column] for name, column in columns.items()}
+    given = {name: [deepcopy(value) for value in column] for name, column in reward_columns(columns).items()}
     name = reward.name if isinstance(reward, FunctionReward) else type(reward).__name__
     try:
         with preserved_process_state():

@@ -1,6 +1,7 @@
 """A policy as what answers prompts: engine, tokenizer, stop tokens and the key of its random numbers."""
 
 import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +83,28 @@ class Responder:
 
 
 def raw_columns(batch: dict[str, Any]) -> dict[str, list[Any]]:
-    """The columns of a batch that are as the data has them: all that are not tensors."""
-    return {name: column for name, column in batch.items() if not isinstance(column, Tensor)}
+    """The columns of a batch that are as the data has them: all that are not tensors.
+
+    Args:
+        batch: Tensors of B rows, and columns of B values; nothing else.
+
+    Raises:
+        TypeError: If there is something else in it.
+    """
+    columns = {name: column for name, column in batch.items() if not isinstance(column, Tensor)}
+    for name, column in columns.items():
+        if not isinstance(column, Collection) or isinstance(column, str | bytes | Mapping):
+            raise TypeError(
+                f"the entries of a batch are tensors of B rows and lists of B values, a list for each column of the "
+                f"data; {name} is of type {type(column).__name__}: leave it out of the batches"
+            )
+    return columns
+
+
+def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """The first rows of a batch, of all its tensors and columns."""
+    raw_columns(batch)  # refuses what has no rows
+    return {name: column[:count] for name, column in batch.items()}
 
 
 def as_rows(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -189,5 +189,5 @@ def test_rows_written_before_an_error_are_kept(policy: str, tmp_path: Path) -> N
     writer = ResponseWriter()
     with pytest.raises(RuntimeError, match="stop"):
         tiny.trainer(tmp_path, callbacks=[writer, Stop()]).predict(tiny.remax(policy), data)
-    assert len(tiny.read_rows(tmp_path / "predictions.jsonl")) == 2
+    assert len(tiny.read_rows(tmp_path / "predictions.jsonl.partial")) == 2
     assert writer.file is None

@@ -54,6 +54,19 @@ def test_it_changes_nothing(policy: str, tmp_path: Path) -> None:
     assert tiny.are_equal(*trained)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_is_checked_and_not_used_up(policy: str, tmp_path: Path, num_workers: int) -> None:
+    trained = []
+    for enabled in (True, False):
+        module = tiny.remax(policy, kl_coef=0.1)
+        stream = {"streaming": True, "shuffle_window": 3, "batch_size": 2, "num_workers": num_workers}
+        data = tiny.prompt_data(tmp_path, **stream)
+        history = tiny.fit(module, data, tmp_path, steps=3, callbacks=[SelfCheck(enabled=enabled)])
+        trained.append(tiny.weights(module.policy))
+        assert len(history.steps) == 3
+    assert tiny.are_equal(*trained)
+
+
 def test_context(tmp_path: Path) -> None:
     path = tiny.save_model(tmp_path / "policy", "gpt2")
     module = tiny.remax(path)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 
 import pytest
 from data.helpers import CHATML, ROWS, attach, build_tokenizer, dropped, indices, train_batches
@@ -11,6 +12,13 @@ from remax_lightning.data import DemonstrationDataModule, PromptDataModule
 from remax_lightning.data.sources import load_tables
 
 LINES = [json.dumps(row).encode() for row in ROWS]
+
+
+def nested(depth):
+    value = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
 
 
 def save(folder, lines, name="rows.jsonl"):
@@ -143,6 +151,57 @@ def test_source_of_unknown_format_is_named(write):
         attach(PromptDataModule(train=[write(ROWS), write([{"text": "Hi"}], "other.jsonl")]))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "rows.csv.gz"])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 1.0])
+def test_compressed_file_with_a_flipped_byte_is_named(tmp_path, name, place, streaming):
+    rows = [{"prompt": f"{index * 7919}"} for index in range(300)]
+    lines = ["prompt", *(row["prompt"] for row in rows)] if ".csv" in name else list(map(json.dumps, rows))
+    text = json.dumps(rows) if name == "rows.json.gz" else "\n".join(lines)
+    content = bytearray(gzip.compress(text.encode()))
+    content[12 + round(place * (len(content) - 13))] ^= 0x55  # past the header, with a time stamp that may be anything
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^(data.train: )?(cannot read )?.*{name}.*: ."):
+        train_batches(attach(PromptDataModule(train=str(tmp_path / name), streaming=streaming, batch_size=300)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_file_with_a_flipped_byte_is_named(tmp_path, streaming):
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list(ROWS).to_parquet(path)
+    content = bytearray(path.read_bytes())
+    content[5] ^= 0x55  # in the header of the first page
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^data.train: cannot read .*rows.parquet.*: ."):
+        train_batches(attach(PromptDataModule(train=str(path), streaming=streaming)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_line_that_is_nested_too_deeply_is_a_corrupt_row(tmp_path, streaming):
+    deep = b'{"prompt": "a", "answer": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    path = save(tmp_path, [*LINES, deep])
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 21: not valid JSON \(maximum recursion depth exceeded"):
+        train_batches(attach(PromptDataModule(train=path, streaming=streaming)))
+    data = attach(PromptDataModule(train=path, streaming=streaming, skip_bad_rows=1, batch_size=20))
+    assert sorted(indices(train_batches(data))) == list(range(20))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_row_that_is_nested_too_deeply_is_dropped_wherever_it_comes_from(streaming):
+    deep = {"prompt": "Hi", "answer": nested(5000)}
+    data = PromptDataModule(train=[*ROWS, deep], streaming=streaming, batch_size=20)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert sorted(indices(train_batches(attach(data)))) == list(range(20))
+    assert any("1 x nested more than 50 levels deep" in str(warning.message) for warning in caught)
+
+
+def test_file_that_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}]")
+    with pytest.raises(ValueError, match=r"cannot read .*rows.json as json: "):
+        attach(PromptDataModule(train=str(tmp_path / "rows.json")))
+
+
 # rows
 
 
@@ -157,6 +216,11 @@ def test_source_of_unknown_format_is_named(write):
         ({"prompt": [{"role": "user", "content": 3}]}, "malformed messages"),
         ({"prompt": [{"role": "user", "content": ""}]}, "empty prompt"),
         ({"prompt": "fox " * 100}, "prompt above 30 tokens"),
+        ({"prompt": "cut \ud83d"}, "lone surrogate in the prompt"),
+        ({"prompt": [{"role": "user", "content": "\udc00"}]}, "lone surrogate in the prompt"),
+        ({"prompt": [{"role": "\udc00", "content": "Hi"}]}, "lone surrogate in the prompt"),
+        ({"prompt": "Hi", "answer": nested(51)}, "nested more than 50 levels deep"),
+        ({"prompt": "Hi", "answer": nested(400)}, "nested more than 50 levels deep"),
     ],
 )
 def test_row_that_cannot_be_used_is_dropped_and_counted(write, row, reason):
@@ -166,7 +230,13 @@ def test_row_that_cannot_be_used_is_dropped_and_counted(write, row, reason):
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"), [(3, "response is not text"), (None, "empty response"), ("  ", "empty response")]
+    ("value", "reason"),
+    [
+        (3, "response is not text"),
+        (None, "empty response"),
+        ("  ", "empty response"),
+        ("\ud83d", "lone surrogate in the response"),
+    ],
 )
 def test_response_that_cannot_be_used_is_dropped_and_counted(write, value, reason):
     rows = [{"prompt": row["prompt"], "response": row["response"]} for row in ROWS]

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def test_an_unset_seed_leaves_the_state_as_it_was(write, streaming):
     data = attach(PromptDataModule(train=write(ROWS), batch_size=8, streaming=streaming))
     batch = next(iter(data.train_dataloader()))
     data.on_before_batch_transfer(batch, 0)
-    assert data.state_dict() == {"epoch": 0, "rows": 8}
+    assert asdict(data.position) == {"epoch": 0, "rows": 8}
 
 
 @pytest.mark.parametrize("module", [PromptDataModule, DemonstrationDataModule, PreferenceDataModule])

@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import warnings
+from dataclasses import asdict
 
 import pytest
 from data.helpers import PAIRS, ROWS, attach, dropped, fit, indices, real, train_batches
@@ -168,7 +169,7 @@ def test_dropped_rows_are_counted_at_the_end_of_an_epoch(write, workers):
     )
     assert caught(lambda: train_batches(data), "dropped") == [f"{expected} 0"]
     assert caught(lambda: train_batches(data), "dropped") == [f"{expected} 1"]
-    assert data.state_dict() == {"epoch": 2, "rows": 0}
+    assert asdict(data.position) == {"epoch": 2, "rows": 0}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -190,7 +191,7 @@ def test_corrupt_lines(tmp_path, workers):
 def test_incomplete_last_batch_is_left_out(write):
     data = attach(stream(write(ROWS), batch_size=6))
     assert [len(batch["prompt"]) for batch in train_batches(data)] == [6, 6, 6]
-    assert data.state_dict() == {"epoch": 1, "rows": 0}
+    assert asdict(data.position) == {"epoch": 1, "rows": 0}
 
 
 def test_position_too_close_to_the_end_starts_the_next_epoch(write):

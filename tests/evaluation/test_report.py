@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from remax_lightning.evaluation.report import report
+from remax_lightning.evaluation.report import read_metrics, report
 
 SUMMARY_KEYS = {
     *("reference_reward", "policy_reward", "win_rate", "win_rate_low", "win_rate_high"),
@@ -141,6 +141,49 @@ def test_plot_is_an_image_with_ink(folder: Path) -> None:
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 10
 
 
+VERSIONS = {
+    0: {5: 0.0, 6: 0.0},  # another run
+    1: dict.fromkeys(range(7), 1.0),
+    2: dict.fromkeys(range(4, 9), 2.0),
+    3: dict.fromkeys(range(8, 12), 3.0),
+}
+
+
+def logged(folder: Path, versions: dict[int, dict[int, float]], configs: dict[int, str]) -> dict[int, float]:
+    for number, rows in versions.items():
+        lines = "".join(f"{step},{value}\n" for step, value in rows.items())
+        write_metrics(folder, number, "step,train/reward\n" + lines)
+        if number in configs:
+            (folder / "logs" / f"version_{number}" / "config.yaml").write_text(f"ckpt_path: {configs[number]}\n")
+    metrics = read_metrics(folder)
+    return dict(zip(metrics["step"], metrics["train/reward"], strict=True))
+
+
+@pytest.mark.parametrize("configs", [{}, {0: "null", 1: "null", 2: "last", 3: "last"}])
+def test_a_resumed_run_is_read_from_its_start(tmp_path: Path, configs: dict[int, str]) -> None:
+    expected = dict.fromkeys(range(4), 1.0) | dict.fromkeys(range(4, 8), 2.0) | VERSIONS[3]
+    assert logged(tmp_path, VERSIONS, configs) == expected
+
+
+def test_a_new_run_is_read_alone(tmp_path: Path) -> None:
+    fresh = {49: 4.0, 99: 4.0}  # logged every 50 steps
+    assert logged(tmp_path, {**VERSIONS, 4: fresh}, {4: "null"}) == fresh
+
+
+def test_rows_with_line_separators_in_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**make_row(index), "prompt": "one\u2028two\u0085three"} for index in range(4)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "responses.jsonl").write_text(text, encoding="utf-8")
+    assert run(folder)["policy_reward"] == 11.5
+    assert "three" in capsys.readouterr().out
+
+
+def test_an_interrupted_test_is_named(folder: Path) -> None:
+    (folder / "responses.jsonl").rename(folder / "responses.jsonl.partial")
+    with pytest.raises(FileNotFoundError, match=r"only responses.jsonl.partial of a test that did not end"):
+        run(folder)
+
+
 @pytest.mark.parametrize("missing", ["responses.jsonl", "remax", "reward_model"])
 def test_missing_files_are_named(folder: Path, missing: str) -> None:
     (folder / missing).rename(folder / "moved")
@@ -163,7 +206,7 @@ def test_broken_responses_are_located(folder: Path) -> None:
 
 
 def test_a_run_without_rewards_is_refused(folder: Path) -> None:
-    write_metrics(folder / "remax", 11, "step,train/loss\n1,2\n")
+    write_metrics(folder / "remax", 11, "step,train/loss\n0,2\n")
     with pytest.raises(ValueError, match=r"version_11.*train/reward"):
         run(folder)
 
@@ -176,6 +219,6 @@ def test_a_run_without_a_csv_logger_is_named(folder: Path) -> None:
 
 
 def test_a_plot_without_a_judge_has_the_held_out_reward(folder: Path) -> None:
-    write_metrics(folder / "remax", 11, "step,val/reward\n1,2\n2,3\n")
+    write_metrics(folder / "remax", 11, "step,val/reward\n0,2\n1,3\n")
     run(folder)
     assert (folder / "out" / "reward.png").is_file()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ import pytest
 import tiny
 import torch
 import yaml
+from lightning.pytorch import Callback, Trainer
 from processes import ROOT, run_python
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
 
+from remax_lightning.callbacks import Checkpoint
 from remax_lightning.cli import main
+from remax_lightning.data import DemonstrationDataModule
+from remax_lightning.modules import SFT
 from remax_lightning.modules.optimizers import adamw, can_be_fused
 
 STEPS, LR = 4, 1e-2
@@ -27,6 +32,9 @@ EIGHT_BIT = {
     "torchao": ("torchao.optim.AdamW8bit", "pip install -e '.[adam8bit]'"),
     "bitsandbytes": ("bitsandbytes.optim.AdamW8bit", "pip install -e '.[quantization]'"),
 }
+
+
+SCHEDULES = [("linear", 0.0), ("cosine", 0.0), ("cosine", 0.5), ("constant", 0.9)]
 
 
 @pytest.fixture
@@ -183,6 +191,47 @@ def test_a_schedule_from_yaml(schedule: str, warmup_fraction: float, expected: l
     path = config(tmp_path, optimizer, lr_schedule=schedule, warmup_fraction=warmup_fraction)
     main(["fit", "--config", str(path), "--trainer.default_root_dir", str(tmp_path / "run")])
     assert list(metrics(tmp_path / "run")["train/learning_rate"]) == pytest.approx([LR * part for part in expected])
+
+
+@pytest.mark.parametrize(("schedule", "warmup_fraction"), SCHEDULES)
+@pytest.mark.parametrize("then", [3, 8, 20])
+def test_a_run_that_goes_on_with_another_number_of_steps(
+    schedule: Any, warmup_fraction: float, then: int, tmp_path: Path
+) -> None:
+    """The rate is that of a run which had this number from the start, from the first step on."""
+
+    def rates(steps: int, until: int, ckpt_path: str | None = None) -> list[float]:
+        module = SFT(policy=tiny.save_model(tmp_path / "policy"), lr_schedule=schedule, warmup_fraction=warmup_fraction)
+        rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "ab", "response": " c"}] * 2)
+        history = tiny.History()
+        saver = Checkpoint(str(tmp_path / str(steps)))
+        trainer = tiny.trainer(tmp_path, steps, [history, Until(until), saver], enable_checkpointing=True)
+        trainer.fit(module, datamodule=DemonstrationDataModule(train=rows, batch_size=2), ckpt_path=ckpt_path)
+        return history["train/learning_rate"]
+
+    whole = rates(then, then)
+    assert rates(8, 2) == pytest.approx(rates(8, 8)[:2])
+    path = str(tmp_path / "8" / "step=2.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert rates(then, then, path) == pytest.approx(whole[2:])
+    told = [str(warning.message) for warning in caught if "learning rate" in str(warning.message)]
+    if then == 8:
+        assert told == []
+    else:
+        (message,) = told
+        assert f"the learning rate of step 2 is {whole[2]:.4g}, where the checkpoint has" in message
+        assert f"({then} steps; before: 8)" in message
+
+
+class Until(Callback):
+    """Ends a run in its midst."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+        trainer.should_stop = trainer.global_step == self.step
 
 
 @pytest.mark.timeout(3 * SECONDS)
