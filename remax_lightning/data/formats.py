@@ -210,7 +210,7 @@ def _side_reader(prompt_column: str, column: str) -> ResponseReader:
         prompt, side = row[prompt_column], row[column]
         if not isinstance(side, list):
             return prompt, side
-        return split_dialogue(side if len(side) > 1 else to_chat(prompt or []) + side)
+        return split_dialogue(side if len(side) > 1 else read_messages(to_chat(prompt or [])) + side)
 
     return read
 
