@@ -135,6 +135,8 @@ def _unknown_option(match: re.Match[str], key: str, classes: list[str], parser: 
     *groups, last = name.split(".")
     for group in groups:
         owner = next(_classes_in(arguments_of(owner).get(group)), owner)
+    if last in arguments_of(owner):
+        return f"{key}.{name}: only Python code can give {owner.__name__} a {last}; leave it out"
     return f"{key}.{name}: {owner.__name__} has no argument {last}{nearest(last, arguments_of(owner))}"
 
 
@@ -225,6 +227,29 @@ def _not_imported(match: re.Match[str], key: str, classes: list[str], parser: An
     return f"{key} cannot be {value}: {match[1]}"
 
 
+def _denied(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A name that a configuration may not have, whatever the slot."""
+    return (
+        f"{key} cannot be {match[1]}: a configuration may not name what runs code, changes files or uses the network; "
+        "name a class that is meant to be there"
+    )
+
+
+def _function(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A function where a class was expected, which would be called."""
+    return f"{key} cannot be {match[1]}, which is a function: class_path takes a class"
+
+
+def _url(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A URL where a class or settings were expected, which may stand in a file of their own."""
+    return f"{key} cannot be {match[1]}: a configuration is a local file, not a URL; download it and read it first"
+
+
+def _unreadable(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A file of settings, named by another one, that is too large or has tags of Python's."""
+    return f"{key}: {match[1]}" if key else match.string
+
+
 def _not_settings(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
     """A plain value for a group of arguments."""
     hint = arguments_of(pkgutil.resolve_name(classes[-1])).get(key.rpartition(".")[2]) if classes else None
@@ -243,6 +268,11 @@ def _extra(match: re.Match[str], key: str, classes: list[str], parser: Any) -> s
 REASONS = {
     r"--print_completion: invalid choice: 'shtab-\w+' \(choose from 'jsonschema'\)": _extra,
     r'Invalid option "comments"': _extra,
+    r"Importing '([^']+)' is not allowed": _denied,
+    r"(\S+) is a function, and a class_path is a class": _function,
+    r"(a configuration must (?:have at most|be nested)[^\n]*)": _unreadable,
+    r"(could not determine a constructor for the tag '[^']*')": _unreadable,
+    r"(?:Unable to load config '|Given value: )(\w[\w:+.-]*://[^\s']*)": _url,
     r"unrecognized arguments: (\S+)": _unknown_option,
     r"Option '([^']+)' is not accepted": _unknown_option,
     r"Subcommand '\w+' does not accept option '([^']+)'": _unknown_argument,

@@ -12,6 +12,9 @@ from remax_lightning.models.adapter_folder import adapter_base, tokenizer_folder
 from remax_lightning.models.hub import check_reachable, looks_like_folder
 from remax_lightning.models.tokenizer import load_tokenizer, prepared_tokenizer
 
+PlainValue: TypeAlias = bool | int | float | str | list | dict | None
+"""A value of a configuration; lists and dicts without a type of their items, so that nothing looks for classes there"""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -44,7 +47,7 @@ class ModelSource:
     path: str | None = None
     model: PreTrainedModel | None = None
     architecture: str | None = None
-    config: dict[str, Any] | None = None
+    config: dict[str, PlainValue] | None = None
     tokenizer: str | PreTrainedTokenizerBase | None = None
     chat_template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -61,6 +64,10 @@ class ModelSource:
             )
         if self.model is not None:
             _check_loaded(self)
+        if self.config is not None and _names_class(self.config):
+            raise ValueError(
+                f"config has plain values of a Hugging Face configuration, not classes by class_path, got {self.config}"
+            )
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a model built from config needs a tokenizer: set tokenizer to a folder or a hub name")
         if self.config is not None and self.architecture is not None:
@@ -141,7 +148,7 @@ class ModelSource:
 
     def _build_config(self, overrides: dict[str, Any]) -> PretrainedConfig:
         assert self.config is not None
-        values = dict(self.config)
+        values: dict[str, Any] = dict(self.config)
         model_type = values.pop("model_type", None)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"config.model_type must name an architecture of transformers, got {model_type!r}")
@@ -154,6 +161,13 @@ class ModelSource:
 
 ModelLike: TypeAlias = ModelSource | str | PreTrainedModel
 """How a model is given: a source, a folder or hub name, or a loaded model."""
+
+
+def _names_class(value: object) -> bool:
+    """Whether a class is named anywhere in a value, as configurations of the command line do it."""
+    if isinstance(value, dict):
+        return "class_path" in value or any(map(_names_class, value.values()))
+    return isinstance(value, list) and any(map(_names_class, value))
 
 
 def _check_loaded(source: ModelSource) -> None:
