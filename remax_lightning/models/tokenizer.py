@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from remax_lightning.models.chat_template import TemplateLimit, render
 from remax_lightning.models.hub import check_reachable
 
 Prompt: TypeAlias = str | list[dict[str, str]]
@@ -162,8 +163,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
             f"the prompt is a list of messages, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
             "set chat_template, or use text prompts"
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return str(text)
+    template, special_tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    try:
+        return render(template, messages, special_tokens, add_generation_prompt=add_generation_prompt)
+    except TemplateLimit as error:
+        raise TemplateLimit(
+            f"the chat template of tokenizer {tokenizer.name_or_path!r} needs more than {error} for a conversation of "
+            f"{len(messages)} messages; set chat_template to another one"
+        ) from error
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
