@@ -24,10 +24,11 @@ from remax_lightning.callbacks.resume_check import flat
 from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder, verified
 from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
-from remax_lightning.cli_errors import TRACEBACK, nearest, refuse, sentence, shows_traceback
+from remax_lightning.cli_errors import TRACEBACK, escape_output, nearest, refuse, sentence, shows_traceback
 from remax_lightning.cli_limits import limit_parsing
 from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
+from remax_lightning.models.visible_text import visible
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.modules.fingerprint import check_model
 from remax_lightning.modules.hyperparameters import as_plain
@@ -86,7 +87,7 @@ class ExportingTrainer(Trainer):
             if isinstance(callback, Checkpoint):
                 record = recorded(record, path, callback.store)
         export_module(model, output_dir, record)
-        print(f"exported {record} to {output_dir}")
+        print(visible(f"exported {record} to {output_dir}"))
 
     @staticmethod
     def plan(model: Mapping[str, Any], gpus: int, gpu_memory: float = 80.0) -> None:
@@ -214,6 +215,7 @@ def main(args: list[str] | None = None) -> None:
     if args is not None:
         run(args)
         return
+    escape_output()
     try:
         run(sys.argv[1:])
     except KeyboardInterrupt:
@@ -227,7 +229,7 @@ def main(args: list[str] | None = None) -> None:
             sys.exit(INTERRUPTED)
         if shows_traceback() or (told := sentence(error)) is None:
             raise
-        sys.exit(f"error: {told}")
+        sys.exit(visible(f"error: {told}"))
 
 
 def is_interrupted(error: BaseException) -> bool:

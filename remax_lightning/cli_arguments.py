@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from remax_lightning.cli_errors import explain, shows_traceback
 from remax_lightning.cli_limits import check_yaml, only_python
+from remax_lightning.models.visible_text import visible
 from remax_lightning.supported import check_supported
 
 reading: ContextVar[str | None] = ContextVar("reading", default=None)
@@ -82,7 +83,8 @@ class Parser(LightningArgumentParser):
         if shows_traceback():
             raise argparse.ArgumentError(None, message) from ex
         file = "" if reading.get() is None else f"{reading.get()}: "
-        sys.stderr.write(f"error: {file}{explain(message, getattr(ex, 'subcommand_parser', None) or self)}\n")
+        told = explain(message, getattr(ex, "subcommand_parser", None) or self)
+        sys.stderr.write(visible(f"error: {file}{told}\n"))
         self.exit(2)
 
     def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:

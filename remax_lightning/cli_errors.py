@@ -3,6 +3,7 @@
 import difflib
 import dis
 import inspect
+import logging
 import os
 import pkgutil
 import re
@@ -10,12 +11,14 @@ import sys
 import sysconfig
 import traceback
 import typing
+import warnings
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from remax_lightning.models.visible_text import visible
 from remax_lightning.supported import PRECISIONS
 
 TRACEBACK = "REMAX_TRACEBACK"  # an environment variable; 1 shows where an error comes from
@@ -31,8 +34,32 @@ def shows_traceback() -> bool:
 
 def refuse(message: str) -> NoReturn:
     """Leave with a sentence, as argparse does for a wrong command line."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(visible(f"error: {message}\n"))
     sys.exit(2)
+
+
+def escape_output() -> None:
+    """Write control characters out in everything that warnings, logs and tracebacks say, for the whole process.
+
+    They quote rows, names of files and what a model or its chat template says, which may be anybody's.
+    """
+    if getattr(warnings.formatwarning, "__module__", None) == __name__:
+        return
+    format_warning, make_record = warnings.formatwarning, logging.getLogRecordFactory()
+
+    def visible_warning(*args: Any, **kwargs: Any) -> str:
+        return visible(format_warning(*args, **kwargs))
+
+    def visible_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        record.msg, record.args = visible(record.getMessage()), None
+        return record
+
+    warnings.formatwarning = visible_warning
+    logging.setLogRecordFactory(visible_record)
+    sys.excepthook = lambda kind, error, tb: print(
+        visible("".join(traceback.format_exception(kind, error, tb))), end="", file=sys.stderr
+    )
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

@@ -1,6 +1,8 @@
 """What comes from others - configurations, data, models - runs no code, fetches nothing and does not hang."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,11 +15,13 @@ import tiny
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.utilities import rank_zero_info
 
-from remax_lightning import cli
+from remax_lightning import cli, cli_errors
 from remax_lightning.cli_arguments import Parser
 from remax_lightning.cli_errors import _classes_in, _concrete
 from remax_lightning.cli_limits import load_bounded_yaml
+from remax_lightning.models.visible_text import visible
 
 CANARY = """
 from pathlib import Path
@@ -86,7 +90,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "trainer": {**trainer, "enable_model_summary": False},
         "model": {
             "class_path": "ReMax",
-            "init_args": {"policy": {"path": str(folder / "policy")}, "reward": reward},
+            "init_args": {
+                "policy": {"path": str(folder / "policy")},
+                "reward": reward,
+                "sampling": {"max_new_tokens": 4},
+            },
         },
         "data": {"class_path": "PromptDataModule", "init_args": {**rows, "batch_size": 2}},
     }
@@ -277,3 +285,60 @@ def test_a_file_cannot_grow_without_bound(
 def test_aliases_and_merges_are_read() -> None:
     text = "a: &a {x: [1, 2]}\nb: {<<: *a, y: *a}\n"
     assert load_bounded_yaml(text) == {"a": {"x": [1, 2]}, "b": {"x": [1, 2], "y": {"x": [1, 2]}}}
+
+
+HARMFUL = "\x1b]0;title\x07\x1b[2J\r\x9b1m\u202eabc\u2028\ud83d"
+WRITTEN_OUT = r"\x1b]0;title\x07\x1b[2J\r\x9b1m\u202eabc\u2028\ud83d"
+
+
+def test_harmless_text_stays_as_it_is() -> None:
+    assert visible(HARMFUL) == WRITTEN_OUT
+    for text in ("line\n\ttab", "für Ελλάδα 日本 नमस्ते", "👩\u200d👩\u200d👧 \u200c"):
+        assert visible(text) == text
+
+
+def test_nothing_that_is_said_controls_the_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    factory = logging.getLogRecordFactory()
+    cli_errors.escape_output()
+    try:
+        told = [warnings.formatwarning(UserWarning(HARMFUL), UserWarning, "x.py", 1)]
+        handler = logging.StreamHandler(sys.stderr)
+        logging.getLogger("lightning.pytorch").addHandler(handler)
+        rank_zero_info(f"%s {HARMFUL}", HARMFUL)
+        logging.getLogger("lightning.pytorch").removeHandler(handler)
+        told.append(capsys.readouterr().err)
+        sys.excepthook(ValueError, ValueError(HARMFUL), None)
+        told.append(capsys.readouterr().err)
+    finally:
+        logging.setLogRecordFactory(factory)
+    for each in told:
+        assert WRITTEN_OUT in each
+        assert visible(each) == each
+
+
+@pytest.mark.parametrize("option", ["--config", "--model", "--trainer.max_steps", "--data.batch_size", "--unknown"])
+def test_no_error_controls_the_terminal(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(["fit", "--config", "base.yaml", f"{option}={HARMFUL[:-1]}"], monkeypatch, capsys)
+    assert visible(told) == told
+
+
+def test_no_error_of_a_run_controls_the_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": [{"role": "user", "content": HARMFUL[:-1]}]}]
+    template = "{{ raise_exception(messages[0].content) }}"
+    data = tiny.write_rows(folder / "chats.jsonl", rows)
+    options = ["--model.policy.chat_template", template, "--data.train", data]
+    monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", "base.yaml", *options])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert r"refused by the chat template: \x1b]0;title" in str(end.value.code)
+    assert visible(str(end.value.code)) == end.value.code
+    errors = capsys.readouterr().err.replace("\r", "")  # of a progress bar
+    assert visible(errors) == errors
