@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from remax_lightning.models.adapter_folder import adapter_base, tokenizer_folder
 from remax_lightning.models.hub import check_reachable, looks_like_folder
+from remax_lightning.models.model_folder import check_config, check_generation_config, naming_files
 from remax_lightning.models.tokenizer import load_tokenizer, prepared_tokenizer
 
 PlainValue: TypeAlias = bool | int | float | str | list | dict | None
@@ -41,7 +42,8 @@ class ModelSource:
 
     Raises:
         ValueError: If not exactly one of ``path``, ``model`` and ``config`` is given, a ``config`` comes without a
-            tokenizer, an ``architecture`` comes beside a ``config``, or a ``model`` cannot be trained as it is.
+            tokenizer, an ``architecture`` comes beside a ``config``, a ``model`` cannot be trained as it is, or the
+            attention would be fetched from the hub.
     """
 
     path: str | None = None
@@ -61,6 +63,11 @@ class ModelSource:
                 f"a model source needs exactly one of path (weights to load), config (values to build random weights "
                 f"from) and, from Python, model, got path={self.path!r}, config={self.config!r} and "
                 f"model={type(self.model).__name__}"
+            )
+        if self.attn_implementation is not None and "/" in self.attn_implementation:
+            raise ValueError(
+                f"attn_implementation must be part of transformers or of an installed package, such as sdpa or "
+                f"flash_attention_2, got {self.attn_implementation}, which would be fetched from the hub"
             )
         if self.model is not None:
             _check_loaded(self)
@@ -132,16 +139,20 @@ class ModelSource:
 
         Raises:
             FileNotFoundError: If ``architecture``, or without one ``path``, is a local path that does not exist.
-            ValueError: If ``config`` has no known ``model_type``, or a value its architecture does not know.
+            ValueError: If ``config`` has no known ``model_type``, or a value its architecture does not know; or if a
+                folder's configuration cannot be read, or asks for code that is no part of transformers.
         """
         folder = self.path if self.architecture is None else self.architecture
         if folder is not None:
             folder = adapter_base(existing(folder)) or folder
             check_reachable(folder)
-            config = AutoConfig.from_pretrained(folder, **overrides)
+            with naming_files(folder, "configuration"):
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **overrides)
+            check_generation_config(folder)
             config.name_or_path = str(self.path)  # that of an adapter folder, not of its base
         else:
             config = self._build_config(overrides)
+        check_config(config, str(folder), self.attn_implementation, has_weights=self.has_weights)
         if self.tiny:
             shrink(config, self.load_tokenizer())
         return without_dropout(config)

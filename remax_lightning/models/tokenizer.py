@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from remax_lightning.models.chat_template import TemplateLimit, render
 from remax_lightning.models.hub import check_reachable
+from remax_lightning.models.model_folder import naming_files
 
 Prompt: TypeAlias = str | list[dict[str, str]]
 """Plain text, or chat messages, each with a `role` and a `content`."""
@@ -28,10 +29,12 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
 
     Raises:
         FileNotFoundError: If `path` is neither an existing folder nor a hub name that is cached or can be reached.
-        ValueError: If the tokenizer has neither a pad nor an eos token.
+        ValueError: If a file cannot be read, or the tokenizer has neither a pad nor an eos token.
     """
     check_reachable(path, "tokenizer")
-    return prepared_tokenizer(AutoTokenizer.from_pretrained(str(Path(path).expanduser())), chat_template)
+    with naming_files(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()), trust_remote_code=False)
+    return prepared_tokenizer(tokenizer, chat_template)
 
 
 def prepared_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> PreTrainedTokenizerBase:
