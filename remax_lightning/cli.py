@@ -18,7 +18,15 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax_lightning import data, modules, rewards, rollout, strategies  # noqa: F401 (known by short names)
-from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck, StepBar
+from remax_lightning.callbacks import (
+    Checkpoint,
+    HFExport,
+    ProgressLines,
+    RankAgreement,
+    ResponseWriter,
+    SelfCheck,
+    StepBar,
+)
 from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import flat
 from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder, verified
@@ -161,13 +169,20 @@ class CLI(LightningCLI):
         if isinstance(given.strategy, str):
             kwargs["strategy"] = {"FSDP2Strategy": "fsdp2", "DDPStrategy": "ddp"}.get(given.strategy, given.strategy)
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        callbacks = [RankAgreement(flat(self._plain_config())), *(each for each in callbacks if each is not None)]
         if given.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
-            kwargs["callbacks"] = [*(each for each in callbacks if each is not None), StepBar()]
-        return super().instantiate_trainer(**kwargs)
+            callbacks.append(StepBar())
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+
+    def _plain_config(self) -> dict[str, Any]:
+        """The configuration of the sub-command as plain values."""
+        subcommand = str(self.subcommand)
+        values: dict[str, Any] = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+        return values
 
     def before_fit(self) -> None:
         """Hand the configuration to the checkpoints, so that a resumed run can be compared with it."""
-        config = yaml.safe_load(self._parser(self.subcommand).dump(self.config.fit, skip_none=False))
+        config = self._plain_config()
         compared = {name: config.get(name) for name in ("seed_everything", "model", "data")}
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoint):
