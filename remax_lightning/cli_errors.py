@@ -24,6 +24,8 @@ from remax_lightning.supported import PRECISIONS
 TRACEBACK = "REMAX_TRACEBACK"  # an environment variable; 1 shows where an error comes from
 SETTINGS = "lightning.pytorch.trainer.connectors"  # where Lightning looks at the trainer's arguments
 NO_GPU = " Set trainer.accelerator to auto or cpu."
+LOST_RANK = re.compile(r"gloo/transport|Connection (?:closed|reset) by peer|remote process exited|Broken pipe")
+"""What gloo and NCCL say when a rank is gone, in an error of whatever was waiting for it."""
 PRIMITIVES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
 
 
@@ -79,7 +81,7 @@ def sentence(error: BaseException) -> str | None:
     """What an exception tells the user; None if it looks like a bug, whose traceback is needed.
 
     Sentences are the errors that this package raises itself, those of Lightning's about its settings, failing rewards,
-    and files and packages that are not there.
+    files and packages that are not there, and ranks that are gone.
     """
     chain = list(_chain(error))
     for each in chain:
@@ -90,6 +92,8 @@ def sentence(error: BaseException) -> str | None:
         is_setting = isinstance(each, (ValueError, TypeError)) and any(name.startswith(SETTINGS) for name in modules)
         if is_setting or isinstance(each, (OSError, ModuleNotFoundError, MisconfigurationException)):
             return str(each) + (NO_GPU if "supported gpu backend" in str(each) else "")
+        if isinstance(each, RuntimeError) and LOST_RANK.search(str(each)):
+            return "the connection to another rank is lost: it has ended or does not answer; its own message says why"
         if any(name.startswith("remax_lightning.rewards") for name in modules):
             return f"the reward raised {type(each).__name__}: {each}{_place(each)}"
     return None

@@ -50,7 +50,18 @@ def test_every_run_of_the_command_line_compares_its_whole_configuration(
     model = ["--model=ReMax", f"--model.policy.path={policy}", "--model.sampling.max_new_tokens=2"]
     reward = ["--model.reward=FunctionReward", "--model.reward.function=reward_functions.letter_values"]
     trainer = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
-    cli.main([subcommand, *model, *reward, "--data=PromptDataModule", *splits, *trainer, "--trainer.logger=false"])
+    cli.main(
+        [
+            subcommand,
+            *model,
+            *reward,
+            "--data=PromptDataModule",
+            "--data.batch_size=2",
+            *splits,
+            *trainer,
+            "--trainer.logger=false",
+        ]
+    )
     (agreement,) = found
     expected = {"model.init_args.kl_coef", "data.init_args.batch_size", "trainer.max_steps", "self_check.num_prompts"}
     assert expected <= agreement.configuration.keys()
