@@ -342,3 +342,14 @@ def test_no_error_of_a_run_controls_the_terminal(
     assert visible(str(end.value.code)) == end.value.code
     errors = capsys.readouterr().err.replace("\r", "")  # of a progress bar
     assert visible(errors) == errors
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "subprocess.Popen", "subprocess.run", "runpy.run_path", "builtins.exec", "shutil.rmtree"]
+)
+def test_a_function_of_python_is_no_reward(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", "base.yaml", "--model.reward.function", name])
+    with pytest.raises(SystemExit, match=r"^error: (a reward function needs the parameters|the reward raised TypeErr)"):
+        cli.main()
