@@ -16,7 +16,7 @@ MAX_SECONDS = 10
 """CPU time for one conversation; templates take less than a thousandth of a second."""
 
 MAX_BYTES = 2 * 1024**3
-"""Address space of the process that renders, of which Python and its libraries take an eighth."""
+"""Memory for conversations, beside what Python and its libraries take."""
 
 MAX_CHARACTERS = 10_000_000
 """Length of a rendered conversation, some two million tokens."""
@@ -29,6 +29,8 @@ from contextlib import suppress
 from transformers.utils.chat_template_utils import render_jinja_template
 seconds, size, length = map(int, sys.argv[1:4])
 with suppress(ValueError, OSError):  # macOS has no such limit
+    with open("/proc/self/statm") as file:
+        size += int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 for line in sys.stdin:
     signal.setitimer(signal.ITIMER_PROF, seconds)  # then SIGPROF ends the process, whatever it is doing
