@@ -277,8 +277,8 @@ def _url(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str
 
 
 def _unreadable(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
-    """A file of settings, named by another one, that is too large or has tags of Python's."""
-    return f"{key}: {match[1]}" if key else match.string
+    """Settings in a file that another one names, or in the text itself, that are too large or have tags of Python's."""
+    return f"{key or '--config'}: {match[1]}" if "Parser key" in match.string else match.string
 
 
 def _not_settings(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
