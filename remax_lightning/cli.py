@@ -18,15 +18,25 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax_lightning import data, modules, rewards, rollout, strategies  # noqa: F401 (known by short names)
-from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck, StepBar
+from remax_lightning.callbacks import (
+    Checkpoint,
+    HFExport,
+    ProgressLines,
+    RankAgreement,
+    ResponseWriter,
+    SelfCheck,
+    StepBar,
+)
 from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import flat
 from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder, verified
 from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
-from remax_lightning.cli_errors import TRACEBACK, nearest, refuse, sentence, shows_traceback
+from remax_lightning.cli_errors import TRACEBACK, escape_output, nearest, refuse, sentence, shows_traceback
+from remax_lightning.cli_limits import limit_parsing
 from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
+from remax_lightning.models.visible_text import visible
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.modules.fingerprint import check_model
 from remax_lightning.modules.hyperparameters import as_plain
@@ -85,7 +95,7 @@ class ExportingTrainer(Trainer):
             if isinstance(callback, Checkpoint):
                 record = recorded(record, path, callback.store)
         export_module(model, output_dir, record)
-        print(f"exported {record} to {output_dir}")
+        print(visible(f"exported {record} to {output_dir}"))
 
     @staticmethod
     def plan(model: Mapping[str, Any], gpus: int, gpu_memory: float = 80.0) -> None:
@@ -159,13 +169,20 @@ class CLI(LightningCLI):
         if isinstance(given.strategy, str):
             kwargs["strategy"] = {"FSDP2Strategy": "fsdp2", "DDPStrategy": "ddp"}.get(given.strategy, given.strategy)
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        callbacks = [RankAgreement(flat(self._plain_config())), *(each for each in callbacks if each is not None)]
         if given.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
-            kwargs["callbacks"] = [*(each for each in callbacks if each is not None), StepBar()]
-        return super().instantiate_trainer(**kwargs)
+            callbacks.append(StepBar())
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+
+    def _plain_config(self) -> dict[str, Any]:
+        """The configuration of the sub-command as plain values."""
+        subcommand = str(self.subcommand)
+        values: dict[str, Any] = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+        return values
 
     def before_fit(self) -> None:
         """Hand the configuration to the checkpoints, so that a resumed run can be compared with it."""
-        config = yaml.safe_load(self._parser(self.subcommand).dump(self.config.fit, skip_none=False))
+        config = self._plain_config()
         compared = {name: config.get(name) for name in ("seed_everything", "model", "data")}
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoint):
@@ -213,6 +230,7 @@ def main(args: list[str] | None = None) -> None:
     if args is not None:
         run(args)
         return
+    escape_output()
     try:
         run(sys.argv[1:])
     except KeyboardInterrupt:
@@ -226,7 +244,7 @@ def main(args: list[str] | None = None) -> None:
             sys.exit(INTERRUPTED)
         if shows_traceback() or (told := sentence(error)) is None:
             raise
-        sys.exit(f"error: {told}")
+        sys.exit(visible(f"error: {told}"))
 
 
 def is_interrupted(error: BaseException) -> bool:
@@ -244,6 +262,7 @@ def run(args: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     sys.path.append(os.getcwd())  # reward functions of the user's own
     set_parsing_settings(add_print_completion_argument=True)
+    limit_parsing()
     names = [*CLI.subcommands(), *FUNCTIONS]
     if not args or (not args[0].startswith("-") and args[0] not in names):
         wrong = f", got {args[0]}{nearest(args[0], names)}" if args else "; --help says what they do"

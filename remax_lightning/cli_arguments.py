@@ -15,6 +15,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from remax_lightning.cli_errors import explain, shows_traceback
+from remax_lightning.cli_limits import check_yaml, only_python
+from remax_lightning.models.visible_text import visible
 from remax_lightning.supported import check_supported
 
 reading: ContextVar[str | None] = ContextVar("reading", default=None)
@@ -48,6 +50,24 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:
+        """Arguments of a class, without those that only Python code can give."""
+        skip = {*(kwargs.pop("skip", None) or ()), *only_python(class_type)}
+        added: list[str] = super().add_class_arguments(class_type, *args, skip=skip, **kwargs)
+        return added
+
+    def add_function_arguments(self, function: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Arguments of a function that is a sub-command; a ``class_path`` may not name one, since that would call it.
+
+        Raises:
+            ImportError: If it does.
+        """
+        if not self.exit_on_error:  # as the parsers of a class_path are made
+            name = f"{function.__module__}.{function.__qualname__}"
+            raise ImportError(f"{name} is a function, and a class_path is a class")
+        added: list[str] = super().add_function_arguments(function, *args, **kwargs)
+        return added
+
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a file, whose name errors then give."""
         token = reading.set(str(path))
@@ -63,7 +83,8 @@ class Parser(LightningArgumentParser):
         if shows_traceback():
             raise argparse.ArgumentError(None, message) from ex
         file = "" if reading.get() is None else f"{reading.get()}: "
-        sys.stderr.write(f"error: {file}{explain(message, getattr(ex, 'subcommand_parser', None) or self)}\n")
+        told = explain(message, getattr(ex, "subcommand_parser", None) or self)
+        sys.stderr.write(visible(f"error: {file}{told}\n"))
         self.exit(2)
 
     def get_completion_script(self, completion_type: str, **kwargs: Any) -> str:
@@ -87,13 +108,13 @@ def prepare(args: Sequence[str], foreign: set[str]) -> list[str]:
         foreign: Settings of other sub-commands.
 
     Raises:
-        ValueError: If a file is not YAML, or not a mapping.
+        ValueError: If a file is not YAML, not a mapping or a URL.
         FileNotFoundError: If a file is not there.
     """
     prepared: list[str] = []
     strategy: object = None  # as it was given last
     for option, value in _options(args):
-        if option in ("--config", "-c") and value is not None and not any(mark in value for mark in ("\n", "{", "://")):
+        if option in ("--config", "-c") and value is not None and not any(mark in value for mark in ("\n", "{")):
             config, value = read_config(value, foreign)
             trainer = config.get("trainer")
             strategy = trainer.get("strategy", strategy) if isinstance(trainer, dict) else strategy
@@ -119,10 +140,16 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def read_config(path: str, foreign: set[str]) -> tuple[dict[str, Any], str]:
     """A configuration, and the argument that stands for it: the file's name, or its text without foreign settings."""
+    if "://" in path:
+        raise ValueError(f"--config {path}: a configuration is a local file, not a URL; download it and read it first")
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"--config {path}: there is no such file in {os.getcwd()}")
     text = file.read_text(encoding="utf-8")
+    try:
+        check_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     try:
         config = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:

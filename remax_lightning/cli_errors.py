@@ -3,6 +3,7 @@
 import difflib
 import dis
 import inspect
+import logging
 import os
 import pkgutil
 import re
@@ -10,17 +11,21 @@ import sys
 import sysconfig
 import traceback
 import typing
+import warnings
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, NoReturn
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from remax_lightning.models.visible_text import visible
 from remax_lightning.supported import PRECISIONS
 
 TRACEBACK = "REMAX_TRACEBACK"  # an environment variable; 1 shows where an error comes from
 SETTINGS = "lightning.pytorch.trainer.connectors"  # where Lightning looks at the trainer's arguments
 NO_GPU = " Set trainer.accelerator to auto or cpu."
+LOST_RANK = re.compile(r"gloo/transport|Connection (?:closed|reset) by peer|remote process exited|Broken pipe")
+"""What gloo and NCCL say when a rank is gone, in an error of whatever was waiting for it."""
 PRIMITIVES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
 
 
@@ -31,8 +36,32 @@ def shows_traceback() -> bool:
 
 def refuse(message: str) -> NoReturn:
     """Leave with a sentence, as argparse does for a wrong command line."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(visible(f"error: {message}\n"))
     sys.exit(2)
+
+
+def escape_output() -> None:
+    """Write control characters out in everything that warnings, logs and tracebacks say, for the whole process.
+
+    They quote rows, names of files and what a model or its chat template says, which may be anybody's.
+    """
+    if getattr(warnings.formatwarning, "__module__", None) == __name__:
+        return
+    format_warning, make_record = warnings.formatwarning, logging.getLogRecordFactory()
+
+    def visible_warning(*args: Any, **kwargs: Any) -> str:
+        return visible(format_warning(*args, **kwargs))
+
+    def visible_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        record.msg, record.args = visible(record.getMessage()), None
+        return record
+
+    warnings.formatwarning = visible_warning
+    logging.setLogRecordFactory(visible_record)
+    sys.excepthook = lambda kind, error, tb: print(
+        visible("".join(traceback.format_exception(kind, error, tb))), end="", file=sys.stderr
+    )
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -52,7 +81,7 @@ def sentence(error: BaseException) -> str | None:
     """What an exception tells the user; None if it looks like a bug, whose traceback is needed.
 
     Sentences are the errors that this package raises itself, those of Lightning's about its settings, failing rewards,
-    and files and packages that are not there.
+    files and packages that are not there, and ranks that are gone.
     """
     chain = list(_chain(error))
     for each in chain:
@@ -63,6 +92,8 @@ def sentence(error: BaseException) -> str | None:
         is_setting = isinstance(each, (ValueError, TypeError)) and any(name.startswith(SETTINGS) for name in modules)
         if is_setting or isinstance(each, (OSError, ModuleNotFoundError, MisconfigurationException)):
             return str(each) + (NO_GPU if "supported gpu backend" in str(each) else "")
+        if isinstance(each, RuntimeError) and LOST_RANK.search(str(each)):
+            return "the connection to another rank is lost: it has ended or does not answer; its own message says why"
         if any(name.startswith("remax_lightning.rewards") for name in modules):
             return f"the reward raised {type(each).__name__}: {each}{_place(each)}"
     return None
@@ -135,6 +166,8 @@ def _unknown_option(match: re.Match[str], key: str, classes: list[str], parser: 
     *groups, last = name.split(".")
     for group in groups:
         owner = next(_classes_in(arguments_of(owner).get(group)), owner)
+    if last in arguments_of(owner):
+        return f"{key}.{name}: only Python code can give {owner.__name__} a {last}; leave it out"
     return f"{key}.{name}: {owner.__name__} has no argument {last}{nearest(last, arguments_of(owner))}"
 
 
@@ -225,6 +258,29 @@ def _not_imported(match: re.Match[str], key: str, classes: list[str], parser: An
     return f"{key} cannot be {value}: {match[1]}"
 
 
+def _denied(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A name that a configuration may not have, whatever the slot."""
+    return (
+        f"{key} cannot be {match[1]}: a configuration may not name what runs code, changes files or uses the network; "
+        "name a class that is meant to be there"
+    )
+
+
+def _function(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A function where a class was expected, which would be called."""
+    return f"{key} cannot be {match[1]}, which is a function: class_path takes a class"
+
+
+def _url(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """A URL where a class or settings were expected, which may stand in a file of their own."""
+    return f"{key} cannot be {match[1]}: a configuration is a local file, not a URL; download it and read it first"
+
+
+def _unreadable(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
+    """Settings in a file that another one names, or in the text itself, that are too large or have tags of Python's."""
+    return f"{key or '--config'}: {match[1]}" if "Parser key" in match.string else match.string
+
+
 def _not_settings(match: re.Match[str], key: str, classes: list[str], parser: Any) -> str:
     """A plain value for a group of arguments."""
     hint = arguments_of(pkgutil.resolve_name(classes[-1])).get(key.rpartition(".")[2]) if classes else None
@@ -243,6 +299,11 @@ def _extra(match: re.Match[str], key: str, classes: list[str], parser: Any) -> s
 REASONS = {
     r"--print_completion: invalid choice: 'shtab-\w+' \(choose from 'jsonschema'\)": _extra,
     r'Invalid option "comments"': _extra,
+    r"Importing '([^']+)' is not allowed": _denied,
+    r"(\S+) is a function, and a class_path is a class": _function,
+    r"(a configuration must (?:have at most|be nested)[^\n]*)": _unreadable,
+    r"(could not determine a constructor for the tag '[^']*')": _unreadable,
+    r"(?:Unable to load config '|Given value: )(\w[\w:+.-]*://[^\s']*)": _url,
     r"unrecognized arguments: (\S+)": _unknown_option,
     r"Option '([^']+)' is not accepted": _unknown_option,
     r"Subcommand '\w+' does not accept option '([^']+)'": _unknown_argument,

@@ -61,3 +61,10 @@ def without_prompts(responses: Sequence[str]) -> list[float]:
 
 
 not_a_function = 3
+
+
+def failing_on_rank_1(prompts: Sequence[object], responses: Sequence[str]) -> list[float]:
+    """Raises in one of two processes."""
+    if os.environ.get("LOCAL_RANK") == "1":
+        raise RuntimeError("only here")
+    return [float(len(response)) for response in responses]

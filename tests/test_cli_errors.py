@@ -324,6 +324,20 @@ def test_only_errors_with_a_sentence_are_told() -> None:
         assert sentence(raised.value) is None
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:17326. GLHF!",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_rank_that_is_gone_is_said_in_one_sentence(message: str) -> None:
+    assert sentence(RuntimeError(message)) == (
+        "the connection to another rank is lost: it has ended or does not answer; its own message says why"
+    )
+
+
 def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from remax_lightning.evaluation.win_rate import WinRate, win_rate
+from remax_lightning.models.visible_text import visible
 
 Row = dict[str, Any]
 
@@ -288,18 +289,18 @@ def _number(value: float | None, form: str = ".2f") -> str:
 
 
 def make_sample(row: Row, labels: Labels) -> Text:
-    """A prompt with the reference's and the policy's response; text is shown as it is, without markup."""
+    """A prompt with the reference's and the policy's response, without markup; control characters are written out."""
     prompt = row["prompt"]
     if isinstance(prompt, list):
         prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     width = max(len(label) for label in ("Prompt", labels.reference, labels.policy)) + 2
     return Text.assemble(
         (f"\n{'Prompt':{width}}", "bold"),
-        str(prompt),
+        visible(str(prompt)),
         (f"\n{labels.reference:{width}}", "bold yellow"),
-        str(row["reference_response"]),
+        visible(str(row["reference_response"])),
         (f"\n{labels.policy:{width}}", "bold green"),
-        str(row["response"]),
+        visible(str(row["response"])),
     )
 
 

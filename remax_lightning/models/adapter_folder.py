@@ -1,9 +1,9 @@
 """Folders that hold adapters alone and name the model that they belong to, in the format of peft."""
 
-import json
 from pathlib import Path
 
 from remax_lightning.models.hub import looks_like_folder
+from remax_lightning.models.model_folder import read_json
 
 CONFIG = "adapter_config.json"
 
@@ -13,13 +13,13 @@ def adapter_base(path: str) -> str | None:
 
     Raises:
         FileNotFoundError: If that model can only be a folder and is not there.
-        ValueError: If the adapter folder names none, or names another adapter folder.
+        ValueError: If the adapter folder names none or another adapter folder, or its file cannot be read.
     """
     file = Path(path).expanduser() / CONFIG
     if not file.exists():
         return None
-    base: str | None = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_json(file).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(f"{file} names no base model; set base_model_name_or_path to the one that it was trained on")
     if looks_like_folder(base) and not Path(base).expanduser().exists():
         raise FileNotFoundError(

@@ -10,7 +10,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from remax_lightning.models.adapter_folder import adapter_base, tokenizer_folder
 from remax_lightning.models.hub import check_reachable, looks_like_folder
+from remax_lightning.models.model_folder import check_config, check_generation_config, naming_files
 from remax_lightning.models.tokenizer import load_tokenizer, prepared_tokenizer
+
+PlainValue: TypeAlias = bool | int | float | str | list | dict | None
+"""A value of a configuration; lists and dicts without a type of their items, so that nothing looks for classes there"""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,14 @@ class ModelSource:
 
     Raises:
         ValueError: If not exactly one of ``path``, ``model`` and ``config`` is given, a ``config`` comes without a
-            tokenizer, an ``architecture`` comes beside a ``config``, or a ``model`` cannot be trained as it is.
+            tokenizer, an ``architecture`` comes beside a ``config``, a ``model`` cannot be trained as it is, or the
+            attention would be fetched from the hub.
     """
 
     path: str | None = None
     model: PreTrainedModel | None = None
     architecture: str | None = None
-    config: dict[str, Any] | None = None
+    config: dict[str, PlainValue] | None = None
     tokenizer: str | PreTrainedTokenizerBase | None = None
     chat_template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -59,8 +64,17 @@ class ModelSource:
                 f"from) and, from Python, model, got path={self.path!r}, config={self.config!r} and "
                 f"model={type(self.model).__name__}"
             )
+        if self.attn_implementation is not None and "/" in self.attn_implementation:
+            raise ValueError(
+                f"attn_implementation must be part of transformers or of an installed package, such as sdpa or "
+                f"flash_attention_2, got {self.attn_implementation}, which would be fetched from the hub"
+            )
         if self.model is not None:
             _check_loaded(self)
+        if self.config is not None and _names_class(self.config):
+            raise ValueError(
+                f"config has plain values of a Hugging Face configuration, not classes by class_path, got {self.config}"
+            )
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a model built from config needs a tokenizer: set tokenizer to a folder or a hub name")
         if self.config is not None and self.architecture is not None:
@@ -125,23 +139,27 @@ class ModelSource:
 
         Raises:
             FileNotFoundError: If ``architecture``, or without one ``path``, is a local path that does not exist.
-            ValueError: If ``config`` has no known ``model_type``, or a value its architecture does not know.
+            ValueError: If ``config`` has no known ``model_type``, or a value its architecture does not know; or if a
+                folder's configuration cannot be read, or asks for code that is no part of transformers.
         """
         folder = self.path if self.architecture is None else self.architecture
         if folder is not None:
             folder = adapter_base(existing(folder)) or folder
             check_reachable(folder)
-            config = AutoConfig.from_pretrained(folder, **overrides)
+            with naming_files(folder, "configuration"):
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **overrides)
+            check_generation_config(folder)
             config.name_or_path = str(self.path)  # that of an adapter folder, not of its base
         else:
             config = self._build_config(overrides)
+        check_config(config, str(folder), self.attn_implementation, has_weights=self.has_weights)
         if self.tiny:
             shrink(config, self.load_tokenizer())
         return without_dropout(config)
 
     def _build_config(self, overrides: dict[str, Any]) -> PretrainedConfig:
         assert self.config is not None
-        values = dict(self.config)
+        values: dict[str, Any] = dict(self.config)
         model_type = values.pop("model_type", None)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"config.model_type must name an architecture of transformers, got {model_type!r}")
@@ -154,6 +172,13 @@ class ModelSource:
 
 ModelLike: TypeAlias = ModelSource | str | PreTrainedModel
 """How a model is given: a source, a folder or hub name, or a loaded model."""
+
+
+def _names_class(value: object) -> bool:
+    """Whether a class is named anywhere in a value, as configurations of the command line do it."""
+    if isinstance(value, dict):
+        return "class_path" in value or any(map(_names_class, value.values()))
+    return isinstance(value, list) and any(map(_names_class, value))
 
 
 def _check_loaded(source: ModelSource) -> None:

@@ -10,7 +10,9 @@ from typing import TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from remax_lightning.models.chat_template import TemplateLimit, render
 from remax_lightning.models.hub import check_reachable
+from remax_lightning.models.model_folder import naming_files
 
 Prompt: TypeAlias = str | list[dict[str, str]]
 """Plain text, or chat messages, each with a `role` and a `content`."""
@@ -27,10 +29,12 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
 
     Raises:
         FileNotFoundError: If `path` is neither an existing folder nor a hub name that is cached or can be reached.
-        ValueError: If the tokenizer has neither a pad nor an eos token.
+        ValueError: If a file cannot be read, or the tokenizer has neither a pad nor an eos token.
     """
     check_reachable(path, "tokenizer")
-    return prepared_tokenizer(AutoTokenizer.from_pretrained(str(Path(path).expanduser())), chat_template)
+    with naming_files(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()), trust_remote_code=False)
+    return prepared_tokenizer(tokenizer, chat_template)
 
 
 def prepared_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -162,8 +166,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
             f"the prompt is a list of messages, but tokenizer {tokenizer.name_or_path!r} has no chat template; "
             "set chat_template, or use text prompts"
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return str(text)
+    template, special_tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    try:
+        return render(template, messages, special_tokens, add_generation_prompt=add_generation_prompt)
+    except TemplateLimit as error:
+        raise TemplateLimit(
+            f"the chat template of tokenizer {tokenizer.name_or_path!r} needs more than {error} for a conversation of "
+            f"{len(messages)} messages; set chat_template to another one"
+        ) from error
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

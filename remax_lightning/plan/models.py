@@ -69,7 +69,8 @@ class ModelSpec:
             )
         if source.config is None or needs_tokenizer:
             return source.load_config(**overrides)
-        return without_dropout(AutoConfig.for_model(**{**source.config, **overrides}))
+        values: dict[str, Any] = {**source.config, **overrides}
+        return without_dropout(AutoConfig.for_model(**values))
 
     def build(self) -> PreTrainedModel:
         """The model on the meta device, in the type in which its parameters are stored."""

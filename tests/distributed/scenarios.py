@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning import strategies
-from remax_lightning.callbacks import Checkpoint, HFExport, SelfCheck
+from remax_lightning.callbacks import Checkpoint, HFExport, RankAgreement, SelfCheck
 from remax_lightning.checkpoints import checkpoint_folder, find_checkpoint, safe_checkpoint_io
 from remax_lightning.checkpoints.find_checkpoint import check_ranks_agree
 from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO
@@ -134,6 +134,12 @@ def prompts(folder: Path, world: int, name: str = "prompts") -> PromptDataModule
     return PromptDataModule(
         train=train, validation=held_out, predict=held_out, batch_size=BATCH // world, eval_batch_size=2
     )
+
+
+class Digested(PromptDataModule):
+    """Prompts with a digest of their rows that a test chooses."""
+
+    digest = ""
 
 
 def weights(module: TrainableModule) -> dict[str, Tensor]:
@@ -638,6 +644,14 @@ def refused(folder: Path, world: int) -> Results:
     }.items():
         try:
             trainer(folder, world, **options).fit(remax(folder), datamodule=prompts(folder, world))
+        except ValueError as error:
+            found[name] = str(error)
+    other = Digested(train=str(folder / "prompts.jsonl"), batch_size=1)
+    other.digest = f"rows{dist.get_rank()}"
+    for name, rate, data in (("settings", dist.get_rank() / 4, prompts(folder, world)), ("rows", 0.0, other)):
+        agreement = RankAgreement({"model.init_args.kl_coef": rate, "data.init_args.train": f"/of/{dist.get_rank()}"})
+        try:
+            trainer(folder, world, callbacks=[agreement]).fit(remax(folder), datamodule=data)
         except ValueError as error:
             found[name] = str(error)
     try:

@@ -280,6 +280,10 @@ def test_what_cannot_work_is_refused_by_all(two: list[dict[str, Any]]) -> None:
         assert "is no trained reward model: it lacks ['score.weight']" in found["head"]
         assert "here (FSDP2Strategy) a checkpoint is one file; set checkpoint.async_save to false" in found["one_file"]
         assert "the checkpoint plugin AsyncCheckpointIO cannot be used" in found["plugin"]
+        assert found["settings"].startswith(
+            "the ranks differ in model.init_args.kl_coef (0.0 on rank 0, 0.25 on rank 1); give all ranks the same"
+        )
+        assert found["rows"].startswith("the ranks differ in the rows of the data (rows0 on rank 0, rows1 on rank 1);")
         assert (
             "all ranks must read the same checkpoint, but rank 0 would read run0 and rank 1 run1; put" in found["paths"]
         )

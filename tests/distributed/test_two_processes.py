@@ -126,3 +126,22 @@ def test_ppo(tmp_path: Path) -> None:
     data = {"class_path": "PromptDataModule", "init_args": {"train": train}}
     one, two = run(tmp_path, "one", model, data, 1), run(tmp_path, "two", model, data, 2, "ddp")
     assert_same(one, two, policy)
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_only_the_rank_that_fails_says_why(tmp_path: Path) -> None:
+    """The self-check fails on one rank; the other one, which waits for it, has no traceback to show."""
+    policy = tiny.save_model(tmp_path / "policy")
+    train = tiny.write_rows(tmp_path / "train.jsonl", [{"prompt": prompt} for prompt in tiny.PROMPTS])
+    options = [
+        *("--model=ReMax", f"--model.policy.path={policy}", "--model.sampling.max_new_tokens=2"),
+        *("--model.reward=FunctionReward", "--model.reward.function=reward_functions.failing_on_rank_1"),
+        *("--data=PromptDataModule", f"--data.train={train}", "--data.batch_size=1", "--trainer.accelerator=cpu"),
+        *("--trainer.devices=2", f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_steps=1"),
+    ]
+    with pytest.raises(AssertionError) as ended:  # with another status than 0
+        run_python([str(ROOT / "cli.py"), "fit", *options], SECONDS)
+    told = str(ended.value)
+    assert "error: the reward raised RuntimeError: only here" in told
+    assert "error: the connection to another rank is lost" in told
+    assert "Traceback" not in told

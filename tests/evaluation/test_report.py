@@ -32,6 +32,17 @@ def make_row(index: int) -> dict[str, Any]:
     }
 
 
+def test_text_of_models_does_not_control_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    harmful = "\x1b]0;title\x07\x1b[2J\x9b1m\r\u202eabc\ud83d"
+    row = {**make_row(0), "response": harmful, "reference_response": f"a {harmful}"}
+    chat = {**make_row(1), "prompt": [{"role": harmful, "content": harmful}]}
+    write_rows(folder / "responses.jsonl", [row, chat])
+    report(str(folder / "remax"), str(folder / "responses.jsonl"), str(folder))
+    printed = capsys.readouterr().out
+    assert printed.count(r"\x1b]0;title\x07\x1b[2J\x9b1m\r\u202eabc\ud83d") == 4
+    assert not set(harmful) - set("abctile0;][2J1m") & set(printed)
+
+
 def write_metrics(run_dir: Path, version: int, text: str) -> None:
     folder = run_dir / "logs" / f"version_{version}"
     folder.mkdir(parents=True)
