@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from remax_lightning.checkpoints.find_checkpoint import verified
-from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
+from remax_lightning.checkpoints.safe_checkpoint_io import read_verified
 from remax_lightning.functional.micro_batches import micro_batches
 from remax_lightning.models.lora import LoRA, leave_out_frozen
 from remax_lightning.models.parallelize import Sharding
@@ -276,7 +275,7 @@ def load_module(cls: type[ModuleType], path: Any, arguments: dict[str, Any]) -> 
     Raises:
         ValueError: If an argument cannot be restored and is not given, or it is the checkpoint of another method.
     """
-    checkpoint = read_checkpoint(verified(path))
+    checkpoint = read_verified(path)
     module = cls(**restored(cls, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), arguments))
     module.configure_model()
     check_model(checkpoint, module, is_fit=True)

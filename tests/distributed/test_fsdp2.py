@@ -383,7 +383,6 @@ def test_a_folder_of_an_earlier_version_is_verified(folder: Path, tmp_path: Path
         size=sum(file.stat().st_size for file in path.iterdir()),
         sha256=hashlib.sha256(lines.encode()).hexdigest(),
         step=6,
-        saved_at=1,
     )
     assert integrity_error(path, old) is None
     shard = path / "__1_0.distcp"
