@@ -155,8 +155,13 @@ class TensorPlanner(DefaultLoadPlanner):
 
 
 def _read_non_tensors(folder: str | Path) -> dict[str, Any]:
-    check_plain_file(Path(folder) / NON_TENSOR_FILE)
-    return load_plain(Path(folder) / NON_TENSOR_FILE)
+    path = Path(folder) / NON_TENSOR_FILE
+    check_plain_file(path)
+    content = load_plain(path)
+    for state in content["optimizers"]:
+        if type(state["param_groups"]) is not list or any(type(each) is not dict for each in state["state"].values()):
+            raise ValueError(f"{path.name} has no states of optimizers")
+    return content
 
 
 def _name(number: int) -> str:
