@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from remax_lightning.checkpoints.safe_checkpoint_io import read_verified
 from remax_lightning.functional.micro_batches import micro_batches
-from remax_lightning.models.lora import LoRA, leave_out_frozen
+from remax_lightning.models.lora import LoRA, base_samples, leave_out_frozen
 from remax_lightning.models.parallelize import Sharding
 from remax_lightning.models.sharded_loading import (
     Loader,
@@ -120,6 +120,7 @@ class TrainableModule(LightningModule):
         self.strict_loading = lora is None  # a checkpoint holds only what is trained
         self.register_state_dict_post_hook(leave_out_frozen)
         self.sharding: Sharding | None = None  # set by a strategy that shards models
+        self.frozen: dict[str, dict[str, Any]] = {}  # samples of weights that no checkpoint holds, see weight_sample
         self.skipped_steps = SkippedSteps()
         self.timer = PhaseTimer()
         self.train_means, self.eval_means = Means(), Means()
@@ -156,8 +157,8 @@ class TrainableModule(LightningModule):
             loader, source, self.lora, self.sharding, activation_checkpointing=self.activation_checkpointing
         )
         if self.sharding is not None:
-            peaks = ", ".join(f"{peak:.2f}" for peak in peak_host_memory())
-            rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by rank, GiB: {peaks}")
+            rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by rank, GiB: {peak_host_memory()}")
+        self.frozen |= base_samples(model)
         return model
 
     def unsharded_model(self) -> PreTrainedModel | None:

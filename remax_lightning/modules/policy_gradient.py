@@ -129,15 +129,9 @@ class PolicyGradientModule(TrainableModule):
         self.responder = Responder(self.engine, self.tokenizer, stops, run_seed(self.seed))
         if self.kl_coef > 0:
             self.reference = Reference.load(self.reference_source, self.policy, self.source, self.sharding)
-        self.collector = Collector(
-            self.responder,
-            self.sampling,
-            self.reward,
-            self.missing_stop_penalty,
-            self.reference,
-            self.micro_batches,
-            self.phase,
-        )
+            self.frozen |= self.reference.samples()
+        scored = (self.responder, self.sampling, self.reward, self.missing_stop_penalty, self.reference)
+        self.collector = Collector(*scored, self.micro_batches, self.phase)
         self.evaluation = Evaluation(self.collector, self.judge, self.is_true_on_all_ranks)
 
     def on_fit_start(self) -> None:

@@ -37,12 +37,13 @@ from remax_lightning.checkpoints.find_checkpoint import check_ranks_agree
 from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO
 from remax_lightning.checkpoints.synced_file import remove
 from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
-from remax_lightning.models.language_model import load_language_model
+from remax_lightning.models.language_model import freeze, load_language_model
 from remax_lightning.models.lora import LoRA
 from remax_lightning.models.parallelize import Sharding, blocks, full_tensor, gathered, sharded_units
 from remax_lightning.models.scalar_model import load_reward_model
 from remax_lightning.models.sharded_loading import load_sharded, stored_keys, weights_folder
 from remax_lightning.models.source import ModelSource
+from remax_lightning.models.weight_sample import weight_sample
 from remax_lightning.modules import PPO, RLOO, SFT, KLControl, PolicyGradientModule, Reinforce, ReMax, RewardModel
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.rewards import FunctionReward, ModelReward
@@ -319,6 +320,7 @@ def loading(folder: Path, world: int) -> Results:
             "equal": all(torch.equal(state[key], value) for key, value in expected.named_parameters()),
             "difference": float(difference),
             "stops": model.generation_config.eos_token_id == expected.generation_config.eos_token_id,
+            "same_sample": torch.equal(*(weight_sample(freeze(each))["values"] for each in (model, expected))),
         }
     return found
 
