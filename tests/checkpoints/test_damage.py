@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
+from remax_lightning.callbacks import Checkpoint
 from remax_lightning.checkpoints import safe_checkpoint_io
 from remax_lightning.checkpoints.checkpoint_folder import sharded_tensors, write_non_tensors
 from remax_lightning.checkpoints.find_checkpoint import newest_complete
@@ -26,6 +28,7 @@ from remax_lightning.checkpoints.manifest import (
     write_manifest,
 )
 from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO, read_verified, remove_partial
+from remax_lightning.cli import ExportingTrainer
 
 
 def save(folder: Path, step: int, value: float | None = None) -> Path:
@@ -181,3 +184,35 @@ def test_a_link_that_a_save_left_is_removed(tmp_path: Path) -> None:
     remove_partial(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
     assert (tmp_path / "other" / "file").exists()
+
+
+def test_no_command_goes_on_with_lost_weights(policy: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def trainer(steps: int = 2) -> Any:
+        saves = [Checkpoint(str(folder), every_n_train_steps=1)]
+        return tiny.trainer(tmp_path, steps, saves, enable_checkpointing=True)
+
+    data = tiny.prompt_data(tmp_path)
+    data.validation = data.test = data.predict = data.train
+    trainer().fit(tiny.remax(policy), datamodule=data)
+    lost = read_verified(folder / "step=2.ckpt")
+    next(iter(lost["state_dict"].values()))[0, 0] = float("nan")
+    SafeCheckpointIO().save_checkpoint(lost, newest := folder / "step=2-2.ckpt")
+    message = (
+        r"step=2-2.ckpt has weights that are not finite \(policy.model.embed_tokens.weight\); give one from before"
+    )
+    for command in ("fit", "validate", "test", "predict"):
+        with pytest.raises(DamagedCheckpoint, match=message):
+            getattr(trainer(), command)(tiny.remax(policy), datamodule=data, ckpt_path=str(newest))
+    exporting = ExportingTrainer(accelerator="cpu", devices=1, logger=False)
+    with pytest.raises(DamagedCheckpoint, match=message):
+        exporting.export(tiny.remax(policy), str(newest), str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
+    with pytest.raises(DamagedCheckpoint, match=message):
+        type(tiny.remax(policy)).load_from_checkpoint(newest, reward=tiny.remax(policy).reward)
+    with pytest.warns(UserWarning, match=f"step=2-2.ckpt is skipped: .*{message}"):
+        exporting.export(tiny.remax(policy), str(folder), str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf" / "training.json").read_text())["checkpoint"] == "step=2.ckpt"
+    with pytest.warns(UserWarning, match=f"step=2-2.ckpt is skipped: .*{message}"):
+        trainer(3).fit(tiny.remax(policy), datamodule=data, ckpt_path="last")

@@ -576,6 +576,10 @@ def verifying(folder: Path, world: int) -> Results:
     except ValueError as error:
         found["message"] = str(error)
     found["flipped"] = flipped_bit(folder, world)
+    saves = Checkpoint(str(folder / "flipped"))
+    module = remax(folder, optimizer=adam)
+    again = fit(module, prompts(folder, world), folder, world, steps=6, resume_from="last", callbacks=[saves])
+    found["after a flipped bit"] = {**again, "read": Path(saves.store.resumed_from).name}
     return found
 
 
@@ -585,6 +589,8 @@ def flipped_bit(folder: Path, world: int) -> str:
     if dist.get_rank() == 0:
         shutil.copytree(folder / "saving2" / "checkpoints" / "step=6.ckpt", path)
         shutil.copy(folder / "saving2" / "checkpoints" / "step=6.ckpt.json", path.parent)
+        shutil.copytree(folder / "saving2" / "checkpoints" / "step=3.ckpt", path.parent / "step=3.ckpt")
+        shutil.copy(folder / "saving2" / "checkpoints" / "step=3.ckpt.json", path.parent)
         content = bytearray((path / "__1_0.distcp").read_bytes())
         content[len(content) // 2] ^= 1
         (path / "__1_0.distcp").write_bytes(content)

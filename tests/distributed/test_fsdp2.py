@@ -257,6 +257,14 @@ def test_rank_0_alone_verifies_and_all_ranks_read_the_same(two: list[dict[str, A
         assert "step=6.ckpt cannot be read (ValueError: __1_0.distcp is not what was written)" in found["flipped"]
 
 
+def test_last_skips_a_folder_with_a_damaged_shard(two: list[dict[str, Any]]) -> None:
+    """All ranks do, though one alone cannot read its shard, and what was read before is overwritten."""
+    for found in two:
+        again = found["verifying"]["after a flipped bit"]
+        assert (again["read"], len(again["steps"])) == ("step=3.ckpt", 3)
+        assert tiny.are_equal(again["weights"], found["saving"]["weights"])
+
+
 def test_bfloat16_is_announced_once(two: list[dict[str, Any]]) -> None:
     (message,) = two[0]["half"]["told"]
     assert "computes in bfloat16 and trains float32 weights, though trainer.precision is 32-true" in message
