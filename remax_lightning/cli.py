@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,8 +30,8 @@ from remax_lightning.callbacks import (
 )
 from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import flat
-from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder, verified
-from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
+from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder
+from remax_lightning.checkpoints.safe_checkpoint_io import read_verified
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
 from remax_lightning.cli_errors import TRACEBACK, escape_output, nearest, refuse, sentence, shows_traceback
 from remax_lightning.cli_limits import limit_parsing
@@ -86,8 +87,8 @@ class ExportingTrainer(Trainer):
             datamodule: Not used.
         """
         model.configure_model()
-        path = verified(ckpt_path)
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_verified(ckpt_path)
+        path = Path(checkpoint["read_from"])
         check_model(checkpoint, model, is_fit=False)
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
         record = TrainingRecord(type(model).__name__, int(checkpoint["global_step"]), path.name, is_last=False)

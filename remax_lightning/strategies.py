@@ -2,6 +2,7 @@
 
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -20,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from remax_lightning.checkpoints.checkpoint_folder import load_folder
-from remax_lightning.checkpoints.find_checkpoint import verified_on_rank_0
-from remax_lightning.checkpoints.safe_checkpoint_io import safe_checkpoint_io
+from remax_lightning.checkpoints.find_checkpoint import read_usable
+from remax_lightning.checkpoints.safe_checkpoint_io import check_finite, safe_checkpoint_io
 from remax_lightning.models.optimizer_state import keyed_by_index, keyed_by_name
 from remax_lightning.models.parallelize import Sharding
 from remax_lightning.modules.base import TrainableModule
@@ -120,7 +121,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of any world size into the model and its optimizers."""
-        path, io = verified_on_rank_0(checkpoint_path), safe_checkpoint_io(self.checkpoint_io)
+        return read_usable(checkpoint_path, self._read_into_model)
+
+    def _read_into_model(self, path: Path) -> dict[str, Any]:
+        io = safe_checkpoint_io(self.checkpoint_io)
         assert self.model is not None
         assert self.lightning_module is not None
         options = StateDictOptions(strict=self.lightning_module.strict_loading, full_state_dict=not path.is_dir())
@@ -129,6 +133,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             state = get_model_state_dict(self.model)
             live = [get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers]
             states = load_folder(path, state, live)
+            check_finite(path, cast(Any, state))
         else:
             state = checkpoint["state_dict"]
             names = {id(value): name for name, value in self.lightning_module.named_parameters()}

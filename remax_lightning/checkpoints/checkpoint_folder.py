@@ -1,22 +1,23 @@
 """Checkpoints that are folders: each rank writes its shards of the model and of its optimizers.
 
 Tensors are in torch's distributed format, which any number of ranks can read; everything else is in a file of its own.
-Only tensors and plain types are read: torch's format contains a pickle, of which only what it needs is admitted.
+Only tensors and plain types are read: see ``folder_index`` for the pickle that torch's format contains.
 """
 
 import io
-import pickle
-import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 
-from remax_lightning.checkpoints.manifest import METADATA_FILE, Files, UnusableCheckpoint
+from remax_lightning.checkpoints.folder_index import read_index
+from remax_lightning.checkpoints.manifest import METADATA_FILE, DamagedCheckpoint, Files
+from remax_lightning.checkpoints.plain_file import check_archive, check_plain_file, load_plain
 from remax_lightning.checkpoints.synced_file import size_and_digest, write_synced
 from remax_lightning.models.optimizer_state import keyed_by_index
 
@@ -102,7 +103,7 @@ def load_folder(folder: Path, state: dict[str, Any], optimizer_states: list[dict
         The optimizers' states with what is not a tensor.
 
     Raises:
-        UnusableCheckpoint: On all ranks, if one of them cannot read its shards.
+        DamagedCheckpoint: On all ranks, if one of them cannot read its shards.
     """
     _load({"state_dict": state, **_tensors(optimizer_states)}, PlainReader(folder))
     saved = _read_non_tensors(folder)["optimizers"]
@@ -111,64 +112,56 @@ def load_folder(folder: Path, state: dict[str, Any], optimizer_states: list[dict
 
 def _load(values: dict[str, Any], reader: "PlainReader", *, no_dist: bool = False) -> None:
     try:
-        dcp.load(values, storage_reader=reader, no_dist=no_dist)
+        dcp.load(values, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
     except CheckpointException as error:  # which is a BaseException
         reason = str(error).strip().splitlines()[-1]
-        raise UnusableCheckpoint(
+        raise DamagedCheckpoint(
             f"the checkpoint {reader.path} cannot be read ({reason}); give an earlier one"
         ) from error
 
 
 class PlainReader(FileSystemReader):
-    """Reads torch's distributed format: of its pickle only what describes tensors, and no shard that is damaged."""
+    """Reads torch's distributed format: of its pickle only what describes tensors, and no shard that is damaged.
+
+    Each shard is a zip archive with a checksum for each of its records.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The description of the folder's tensors.
-
-        Raises:
-            UnpicklingError: If there is anything else in the pickle.
-        """
-        with open(Path(self.path) / METADATA_FILE, "rb") as file:
-            metadata = _Unpickler(file).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        """The description of the folder's tensors; see :func:`read_index`."""
+        metadata = read_index(Path(self.path))
+        cast(StorageMeta, metadata.storage_meta).load_id = self.load_id
         return metadata
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
-        # each shard is a zip archive with a checksum for each of its records, which torch.load does not look at
         content = io.BytesIO(super()._slice_file(file, sinfo).read())
         try:
-            damaged = zipfile.ZipFile(content).testzip()
-        except zipfile.BadZipFile:
-            damaged = "its archive"
-        if damaged is not None:
-            raise ValueError(f"{sinfo.relative_path} is not what was written")
+            check_archive(content, sinfo.length)
+        except ValueError as error:
+            raise ValueError(f"{sinfo.relative_path} is not what was written") from error
         content.seek(0)
         return content
 
 
-class _Unpickler(pickle.Unpickler):
-    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    OTHERS = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-        }
-    )
+class TensorPlanner(DefaultLoadPlanner):
+    """Reads tensors alone: torch's planner reads everything else as a pickle that may run code."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.memory_format)
-        if module in self.MODULES or (module, name) in self.OTHERS or is_type:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its description holds a {module}.{name}")
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Refuse what is no tensor.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{read_item.dest_index.fqn} is no tensor")
 
 
 def _read_non_tensors(folder: str | Path) -> dict[str, Any]:
-    return torch.load(Path(folder) / NON_TENSOR_FILE, map_location="cpu", weights_only=True)
+    path = Path(folder) / NON_TENSOR_FILE
+    check_plain_file(path)
+    content = load_plain(path)
+    for state in content["optimizers"]:
+        if type(state["param_groups"]) is not list or any(type(each) is not dict for each in state["state"].values()):
+            raise ValueError(f"{path.name} has no states of optimizers")
+    return content
 
 
 def _name(number: int) -> str:

@@ -5,8 +5,9 @@ the ranks can talk to each other: that reads a single-file checkpoint once, howe
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -15,6 +16,7 @@ from remax_lightning.checkpoints.manifest import (
     MAIN_METRICS,
     METADATA_FILE,
     SUFFIX,
+    DamagedCheckpoint,
     UnusableCheckpoint,
     best_first,
     integrity_error,
@@ -22,6 +24,8 @@ from remax_lightning.checkpoints.manifest import (
     of_newest_run,
     read_manifest,
 )
+
+Content = TypeVar("Content")
 
 
 def checkpoint_folder(root: str | None) -> str:
@@ -80,8 +84,12 @@ def _best(folder: str | Path, monitor: str | None, mode: str) -> Path:
     return paths[0]
 
 
-def newest_complete(folder: str | Path) -> Path | None:
+def newest_complete(folder: str | Path, skipped: dict[Path, str] | None = None) -> Path | None:
     """The newest complete checkpoint of a folder, after a warning for each newer one that is not.
+
+    Args:
+        folder: The folder.
+        skipped: Checkpoints that cannot be used, with the reason; those that are found here are added.
 
     Returns:
         Its path; None if the folder has no checkpoints at all.
@@ -89,26 +97,38 @@ def newest_complete(folder: str | Path) -> Path | None:
     Raises:
         UnusableCheckpoint: If there are checkpoints, but no complete one.
     """
-    errors = []
-    for path, manifest in manifests(folder):
+    skipped, entries = {} if skipped is None else skipped, manifests(folder)
+    described = {path for path, _ in entries}
+    for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
+        if path not in described:
+            _skip(path, "it has no manifest that can be read", skipped)
+    for path, manifest in entries:
+        if path in skipped:
+            continue
         if (reason := integrity_error(path, manifest)) is None:
             return path
-        errors.append(f"{path.name}: {reason}")
-        rank_zero_warn(f"the checkpoint {path} is skipped: {reason}")
-    errors += [f"{path.name}: no manifest" for path in Path(folder).glob(f"*{SUFFIX}") if read_manifest(path) is None]
-    if errors:
+        _skip(path, reason, skipped)
+    if skipped:
+        reasons = "; ".join(sorted(f"{path.name}: {reason}" for path, reason in skipped.items()))
         raise UnusableCheckpoint(
-            f"{folder} has no complete checkpoint ({'; '.join(sorted(errors))}); name a file to use it as it is, or "
-            "empty the folder to start from the beginning"
+            f"{folder} has no complete checkpoint ({reasons}); name a file to use it as it is, or empty the folder to "
+            "start from the beginning"
         )
     return None
 
 
-def verified(path: str | Path) -> Path:
+def _skip(path: Path, reason: str, skipped: dict[Path, str]) -> None:
+    if path not in skipped:
+        rank_zero_warn(f"the checkpoint {path} is skipped: {reason}")
+    skipped[path] = reason
+
+
+def verified(path: str | Path, skipped: dict[Path, str] | None = None) -> Path:
     """A checkpoint that is what its manifest says; one without a manifest is left to the reader.
 
     Args:
         path: A checkpoint, or a folder of checkpoints for the newest complete one.
+        skipped: As in :func:`newest_complete`.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -116,7 +136,7 @@ def verified(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_dir() and path.suffix != SUFFIX and not (path / METADATA_FILE).exists():
-        newest = newest_complete(path)
+        newest = newest_complete(path, skipped)
         if newest is None:
             raise FileNotFoundError(f"there is no checkpoint in {path}; give another folder, or a checkpoint")
         rank_zero_info(f"the newest complete checkpoint in {path} is {newest.name}")
@@ -153,14 +173,59 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def verified_on_rank_0(path: str | Path) -> Path:
+def read_usable(path: str | Path, read: Callable[[Path], Content], *, alone: bool = False) -> Content:
+    """Read a checkpoint; of a folder of checkpoints the newest complete one that can be read.
+
+    That takes a look at the content: a folder's shards, say, are only seen to be damaged when they are read. Collective
+    unless alone.
+
+    Args:
+        path: A checkpoint, or a folder of checkpoints.
+        read: Reads a verified checkpoint.
+        alone: This rank reads without the others.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        UnusableCheckpoint: If it is damaged on any rank, or does not fit; of a folder, if all are damaged.
+    """
+    skipped: dict[Path, str] = {}
+    while True:
+        found = verified(path, skipped) if alone else verified_on_rank_0(path, skipped)
+        content, failure = None, None
+        try:
+            content = read(found)
+        except Exception as error:
+            failure = error
+        failure = failure if alone else _of_all_ranks(failure)
+        if failure is None:
+            return cast(Content, content)
+        if not isinstance(failure, DamagedCheckpoint) or found == Path(path):
+            raise failure
+        _skip(found, str(failure), skipped)
+
+
+def _of_all_ranks(failure: Exception | None) -> Exception | None:
+    """This rank's failure, or the first of another rank; collective."""
+    if not _is_distributed():
+        return failure
+    told: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    own = None if failure is None else (isinstance(failure, DamagedCheckpoint), str(failure))
+    dist.all_gather_object(told, own)
+    others = [each for each in told if each is not None]
+    is_damaged = all(damaged for damaged, _ in others)
+    if failure is not None and isinstance(failure, DamagedCheckpoint) == is_damaged:
+        return failure
+    return (DamagedCheckpoint if is_damaged else UnusableCheckpoint)(others[0][1]) if others else None
+
+
+def verified_on_rank_0(path: str | Path, skipped: dict[Path, str] | None = None) -> Path:
     """As :func:`verified`, but rank 0 alone reads, and all ranks get its result or its error; collective."""
     if not _is_distributed():
-        return verified(path)
+        return verified(path, skipped)
     result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            result = [verified(path)]
+            result = [verified(path, skipped)]
         except (ValueError, OSError) as error:
             result = [error]
     dist.broadcast_object_list(result)

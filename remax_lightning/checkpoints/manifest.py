@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX as SHARD_SUFFIX
 
+from remax_lightning.checkpoints.plain_file import check_plain_file
 from remax_lightning.checkpoints.synced_file import size_and_digest, sync_folder, write_synced
 
 SUFFIX, MANIFEST_SUFFIX, PARTIAL_SUFFIX = ".ckpt", ".json", ".partial"
@@ -23,6 +24,10 @@ class UnusableCheckpoint(ValueError):
     """A checkpoint that cannot be used: incomplete, corrupt, or of another model."""
 
 
+class DamagedCheckpoint(UnusableCheckpoint):
+    """A checkpoint that nobody can use; an earlier one of the run may be better."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What is recorded of a checkpoint, as JSON beside it; the checkpoint is complete only if it agrees.
@@ -32,8 +37,7 @@ class Manifest:
         sha256: Digest of the file, hexadecimal; of a sharded folder see :func:`folder_digest`.
         step: Optimizer steps taken.
         number: One more than the largest of the folder when the checkpoint was written: the order of the checkpoints,
-            which no clock can change. Manifests of earlier versions have none; they come before all others.
-        saved_at: When it was written, nanoseconds since 1970; orders only manifests without a number.
+            which no clock can change. Manifests of earlier versions have none; they come before all others, by steps.
         run: Which training it belongs to; the same after each resumption.
         scores: Metrics of the validation after this step, by name.
     """
@@ -42,9 +46,19 @@ class Manifest:
     sha256: str
     step: int
     number: int = 0
-    saved_at: int = 0
     run: str = ""
     scores: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what was not written by this project.
+
+        Raises:
+            TypeError: If a value has another type.
+        """
+        kinds = {"size": int, "sha256": str, "step": int, "number": int, "run": str, "scores": dict}
+        wrong = [name for name, kind in kinds.items() if type(getattr(self, name)) is not kind]
+        if wrong or any(type(score) not in (int, float) for score in self.scores.values()):
+            raise TypeError(f"a manifest has another type of value in {', '.join(wrong) or 'scores'}")
 
 
 Entry = tuple[Path, Manifest]
@@ -71,9 +85,14 @@ def write_manifest(path: str | Path, manifest: Manifest) -> None:
 
 def read_manifest(path: str | Path) -> Manifest | None:
     """The manifest of a checkpoint; None if there is none that can be read."""
+    file = manifest_path(path)
+    if not file.is_file():
+        return None
     try:
-        return Manifest(**json.loads(manifest_path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values.pop("saved_at", None)  # of earlier versions
+        return Manifest(**values)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -81,7 +100,7 @@ def manifests(folder: str | Path) -> list[Entry]:
     """Checkpoints of a folder that have a manifest, the newest first; their content is not read."""
     pairs = [(path, read_manifest(path)) for path in Path(folder).glob(f"*{SUFFIX}")]
     entries = [(path, manifest) for path, manifest in pairs if manifest is not None]
-    return sorted(entries, key=lambda entry: (entry[1].number, entry[1].saved_at, entry[1].step), reverse=True)
+    return sorted(entries, key=lambda entry: (entry[1].number, entry[1].step), reverse=True)
 
 
 def of_newest_run(entries: list[Entry]) -> list[Entry]:
@@ -129,8 +148,8 @@ def folder_digest(files: Files) -> tuple[int, str]:
     """Size in bytes and digest of a sharded folder.
 
     Shards count with their names and sizes, so that no checkpoint is read back after it is written, or read twice when
-    it is loaded. A flipped bit in a shard is thus not seen here, and ``last`` does not skip such a folder: loading it
-    fails by the checksums of torch's format (see ``PlainReader``), and an earlier checkpoint must be named.
+    it is loaded. A flipped bit in a shard is thus not seen here, but when the folder is loaded, by the checksums of
+    torch's format (see ``PlainReader``).
 
     Args:
         files: Of each shard the size, twice; of the other files size and digest.
@@ -156,7 +175,15 @@ def folder_files(folder: Path, *, read_shards: bool) -> Files:
 
 def integrity_error(path: Path, manifest: Manifest) -> str | None:
     """How a checkpoint differs from its manifest; None if it is complete."""
-    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    try:
+        return _difference(path, manifest)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _difference(path: Path, manifest: Manifest) -> str | None:
+    files = path.iterdir() if path.is_dir() else [path.resolve()]
+    size = sum(map(check_plain_file, files))
     if size != manifest.size:
         return f"it has {size} bytes, not the {manifest.size} that were written"
     if path.is_dir():

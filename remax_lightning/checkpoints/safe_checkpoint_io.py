@@ -1,11 +1,10 @@
 """Checkpoints that are complete or not there: written under another name, synced, described by a manifest."""
 
 import os
-import pickle
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from remax_lightning.checkpoints.checkpoint_folder import (
     describe_folder,
@@ -24,9 +24,10 @@ from remax_lightning.checkpoints.checkpoint_folder import (
     write_non_tensors,
     written_files,
 )
-from remax_lightning.checkpoints.find_checkpoint import verified_on_rank_0
+from remax_lightning.checkpoints.find_checkpoint import read_usable
 from remax_lightning.checkpoints.manifest import (
     PARTIAL_SUFFIX,
+    DamagedCheckpoint,
     Files,
     Manifest,
     UnusableCheckpoint,
@@ -36,6 +37,7 @@ from remax_lightning.checkpoints.manifest import (
     partial_path,
     write_manifest,
 )
+from remax_lightning.checkpoints.plain_file import load_plain
 from remax_lightning.checkpoints.synced_file import (
     raise_on_all_ranks,
     remove,
@@ -43,6 +45,7 @@ from remax_lightning.checkpoints.synced_file import (
     write_error,
     write_synced,
 )
+from remax_lightning.models.finite import non_finite
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             size, sha256 = write_synced(partial, lambda file: torch.save(checkpoint, cast(Any, file)))
             _put_in_place(path, replace(manifest, size=size, sha256=sha256))
         except BaseException as error:
-            remove(partial)
+            with suppress(OSError):  # what could not be written cannot always be removed
+                remove(partial)
             if isinstance(error, OSError):
                 raise write_error(path, error) from error
             raise
@@ -146,7 +150,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read a checkpoint of plain types, whatever the caller asks for; rank 0 verifies it for all ranks.
+        """Read a checkpoint of plain types, whatever the caller asks for; rank 0 verifies it for all; collective.
 
         Args:
             path: A checkpoint, or a folder of checkpoints for the newest complete one.
@@ -156,7 +160,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             UnusableCheckpoint: If it is corrupt, cannot be read, or does not fit.
         """
-        return self.read(verified_on_rank_0(path))
+        return read_usable(path, self.read)
 
     def read(self, path: Path, *, shards: bool = True) -> dict[str, Any]:
         """Read a verified checkpoint; ``read_from`` in it is its path.
@@ -231,7 +235,7 @@ def _finish_folder(
 
 def _put_in_place(path: Path, manifest: Manifest) -> None:
     """Write the manifest and give what was written its name."""
-    write_manifest(path, replace(manifest, number=next_number(path.parent), saved_at=time.time_ns()))
+    write_manifest(path, replace(manifest, number=next_number(path.parent)))
     partial = partial_path(path)
     if path.is_dir() or partial.is_dir():  # os.replace is for two files
         remove(path)  # it is incomplete, see unused_path
@@ -240,35 +244,60 @@ def _put_in_place(path: Path, manifest: Manifest) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file or folder: tensors and plain types.
+    """The content of a checkpoint file or folder: tensors and plain types, every weight finite.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        UnusableCheckpoint: If it cannot be read as such.
+        DamagedCheckpoint: If it cannot be read as such, or a weight is not finite.
+        UnusableCheckpoint: If it holds an object of a package that is not imported.
     """
-    return _read(path, read_folder if Path(path).is_dir() else _load_file)
+    return _read(path, read_folder if Path(path).is_dir() else load_plain)
 
 
-def _load_file(path: str | Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def read_verified(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, or of the newest one of a folder that can be read; ``read_from`` in it is its path.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        UnusableCheckpoint: If it is damaged.
+    """
+    return read_usable(path, SafeCheckpointIO().read, alone=True)
+
+
+def check_finite(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not finite, which no step brings back.
+
+    Args:
+        path: The checkpoint, for the message.
+        state: Its weights, or this rank's shards of them.
+
+    Raises:
+        DamagedCheckpoint: If one is not.
+    """
+    if names := non_finite(state):
+        raise DamagedCheckpoint(
+            f"the checkpoint {path} has weights that are not finite ({names}); give one from before they were lost"
+        )
 
 
 def _read(path: str | Path, read: Callable[[str | Path], dict[str, Any]]) -> dict[str, Any]:
     try:
-        return read(path)
+        checkpoint = read(path)
+        check_finite(path, checkpoint["state_dict"])
     except (FileNotFoundError, UnusableCheckpoint):
         raise
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # of whatever kind: the content may be anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
         if (unknown := re.search(r"Unsupported global: GLOBAL (\S+)", str(error))) is not None:
             raise UnusableCheckpoint(
                 f"the checkpoint {path} contains a {unknown[1]}, whose package this run does not import; if it belongs "
                 "to an optimizer, configure that optimizer as in the run that wrote it"
             ) from error
-        raise UnusableCheckpoint(
+        raise DamagedCheckpoint(
             f"the checkpoint {path} cannot be read as tensors and plain types ({reason}); it is corrupt or not a "
             "checkpoint of this project: give another one, or last for the newest"
         ) from error
+    return checkpoint
 
 
 def remove_partial(folder: str | Path) -> None:

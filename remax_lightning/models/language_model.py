@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from remax_lightning.functional.sequence import position_ids
 from remax_lightning.models.adapter_folder import adapter_base
-from remax_lightning.models.loading import load_weights
+from remax_lightning.models.loading import check_complete, load_weights
 from remax_lightning.models.source import ModelSource
 
 
@@ -24,7 +24,7 @@ def load_language_model(source: ModelSource, *, on_meta: bool = False) -> PreTra
         on_meta: Build its structure alone, on the meta device.
 
     Raises:
-        ValueError: If the tokenizer has tokens beyond the model's vocabulary.
+        ValueError: If the folder lacks weights, or the tokenizer has tokens beyond the model's vocabulary.
     """
     if (loaded := source.loaded(on_meta=on_meta)) is not None:
         check_vocabulary(loaded, source.load_tokenizer())
@@ -41,7 +41,8 @@ def load_language_model(source: ModelSource, *, on_meta: bool = False) -> PreTra
                 path = str(source.path)
                 model.generation_config = GenerationConfig.from_pretrained(adapter_base(path) or path)
     elif source.has_weights:
-        model, _ = load_weights(AutoModelForCausalLM, source, config=config, **options)
+        model, loading = load_weights(AutoModelForCausalLM, source, config=config, **options)
+        check_complete(source.path, model, set(loading["missing_keys"]))
     else:
         model = AutoModelForCausalLM.from_config(config, **options)
     check_vocabulary(model, source.load_tokenizer())

@@ -52,6 +52,26 @@ def load_weights(auto_class: Any, source: ModelSource, **options: Any) -> tuple[
     return model, loading
 
 
+def check_complete(path: str | None, model: PreTrainedModel, missing: set[str]) -> None:
+    """Refuse a folder that lacks parameters, which would be random; tied ones and buffers need not be there.
+
+    Args:
+        path: The folder or hub name.
+        model: What was loaded.
+        missing: Names that transformers misses in the folder.
+
+    Raises:
+        ValueError: If one is a parameter.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if names := sorted(missing & parameters):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"{path} lacks weights of {type(model).__name__} ({', '.join(names[:3])}{more}), which would be random; "
+            "give a complete folder of this kind of model"
+        )
+
+
 def _quantization(source: ModelSource, *, is_adapter: bool) -> BitsAndBytesConfig:
     if is_adapter:
         raise ValueError(

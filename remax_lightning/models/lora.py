@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from remax_lightning.models.adapter_folder import absolute, adapter_base
 from remax_lightning.models.adapter_names import base_name, is_adapter
 from remax_lightning.models.source import ModelSource
+from remax_lightning.models.weight_sample import weight_sample
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ def add_lora(model: PreTrainedModel, lora: LoRA, seed: int = 0) -> PeftModel:
 def with_lora(model: PreTrainedModel, lora: LoRA | None) -> PreTrainedModel:
     """The model with fresh adapters, or as it is if there are to be none."""
     return model if lora is None else cast(PreTrainedModel, add_lora(model, lora))
+
+
+def base_samples(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """A sample of the weights under adapters by their name, see :func:`weight_sample`; none without; collective."""
+    if not isinstance(model, PeftModel):
+        return {}
+    return {f"the {type(model.get_base_model()).__name__} under the adapters": weight_sample(model)}
 
 
 @torch.no_grad()

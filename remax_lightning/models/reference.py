@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -13,6 +13,9 @@ from remax_lightning.models.lora import without_adapters
 from remax_lightning.models.parallelize import Sharding
 from remax_lightning.models.sharded_loading import load_sharded, sharded_frozen_copy
 from remax_lightning.models.source import ModelSource
+from remax_lightning.models.weight_sample import weight_sample
+
+REFERENCE = "the reference"
 
 
 class Reference:
@@ -55,6 +58,10 @@ class Reference:
                 yield self.model
         else:
             yield self.model
+
+    def samples(self) -> dict[str, dict[str, Any]]:
+        """A sample of the weights by their name, see :func:`weight_sample`; none of the policy's; collective."""
+        return {} if self.is_policy else {REFERENCE: weight_sample(self.model)}
 
     def to(self, device: torch.device) -> None:
         """Move the model; a sharded one was placed when it was loaded."""

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 
 from remax_lightning.functional.sequence import last_token_index
 from remax_lightning.models.language_model import check_vocabulary, vocabulary_size
-from remax_lightning.models.loading import load_weights
+from remax_lightning.models.loading import check_complete, load_weights
 from remax_lightning.models.source import ModelSource
 
 HEAD_NAMES = {"^regression_head": "score"}
@@ -28,7 +28,8 @@ def load_reward_model(
         on_meta: Build its structure alone, on the meta device.
 
     Raises:
-        ValueError: If the folder has another number of labels, or a trained model was required and it has no head.
+        ValueError: If the folder has another number of labels, lacks weights below the head, or lacks the head of a
+            trained model.
     """
     if (loaded := source.loaded(on_meta=on_meta)) is not None:
         scalar_head(loaded)
@@ -70,6 +71,9 @@ def _load_trained(
         raise ValueError(f"{source.path} does not fit its config.json: {name} is {stored}, expected {expected}")
     if trained and loading["missing_keys"]:
         raise ValueError(f"{source.path} is no trained reward model: it lacks {sorted(loading['missing_keys'])}")
+    # a head is new where the folder is a language model's; some call a layer of it a pooler
+    body = {name for name in loading["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")}
+    check_complete(source.path, model, {name for name in body if ".pooler." not in name})
     # save_pretrained would undo the renaming, and transformers would not find the head in the exported folder
     conversions = [
         each for each in cast(list[Any], model._weight_conversions) if each.source_patterns[0] not in HEAD_NAMES

@@ -294,8 +294,8 @@ def copy_shard(full: Tensor, target: Tensor, *, from_rank_0: bool = False) -> No
         target.to_local().copy_(sharded.to_local())
 
 
-def peak_host_memory() -> list[float]:
-    """Peak host memory of each rank so far, GiB; collective."""
+def peak_host_memory() -> str:
+    """Peak host memory of each rank so far, GiB, as text; collective."""
     peaks = [0.0] * dist.get_world_size()
     dist.all_gather_object(peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    return peaks
+    return ", ".join(f"{peak:.2f}" for peak in peaks)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from remax_lightning.checkpoints.find_checkpoint import verified
-from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
+from remax_lightning.checkpoints.safe_checkpoint_io import read_verified
 from remax_lightning.functional.micro_batches import micro_batches
-from remax_lightning.models.lora import LoRA, leave_out_frozen
+from remax_lightning.models.lora import LoRA, base_samples, leave_out_frozen
 from remax_lightning.models.parallelize import Sharding
 from remax_lightning.models.sharded_loading import (
     Loader,
@@ -123,6 +122,7 @@ class TrainableModule(LightningModule):
         self.strict_loading = lora is None  # a checkpoint holds only what is trained
         self.register_state_dict_post_hook(leave_out_frozen)
         self.sharding: Sharding | None = None  # set by a strategy that shards models
+        self.frozen: dict[str, dict[str, Any]] = {}  # samples of weights that no checkpoint holds, see weight_sample
         self.skipped_steps = SkippedSteps()
         self.timer = PhaseTimer()
         self.train_means, self.eval_means = Means(), Means()
@@ -159,8 +159,8 @@ class TrainableModule(LightningModule):
             loader, source, self.lora, self.sharding, activation_checkpointing=self.activation_checkpointing
         )
         if self.sharding is not None:
-            peaks = ", ".join(f"{peak:.2f}" for peak in peak_host_memory())
-            rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by rank, GiB: {peaks}")
+            rank_zero_info(f"{type(model).__name__} is loaded; peak host memory by rank, GiB: {peak_host_memory()}")
+        self.frozen |= base_samples(model)
         return model
 
     def unsharded_model(self) -> PreTrainedModel | None:
@@ -278,7 +278,7 @@ def load_module(cls: type[ModuleType], path: Any, arguments: dict[str, Any]) -> 
     Raises:
         ValueError: If an argument cannot be restored and is not given, or it is the checkpoint of another method.
     """
-    checkpoint = read_checkpoint(verified(path))
+    checkpoint = read_verified(path)
     module = cls(**restored(cls, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), arguments))
     module.configure_model()
     check_model(checkpoint, module, is_fit=True)

@@ -132,6 +132,7 @@ class PolicyGradientModule(TrainableModule):
         self.responder = Responder(self.engine, self.tokenizer, stops, run_seed(self.seed))
         if self.kl_coef > 0:
             self.reference = Reference.load(self.reference_source, self.policy, self.source, self.sharding)
+            self.frozen |= self.reference.samples()
         scoring = (self.sampling, Scorer(self.reward), self.missing_stop_penalty)
         self.collector = Collector(self.responder, *scoring, self.reference, self.micro_batches, self.phase)
         self.evaluation = Evaluation(self.collector, self.judge, self.is_true_on_all_ranks)

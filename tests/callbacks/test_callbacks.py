@@ -43,6 +43,18 @@ def test_export_at_the_end_of_fit(policy: str, tmp_path: Path) -> None:
     assert "model.safetensors" in names(folder)
 
 
+def test_a_good_export_is_not_replaced_by_lost_weights(policy: str, tmp_path: Path) -> None:
+    class Lose(HFExport):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            next(pl_module.policy.parameters()).data[0, 0] = float("nan")
+
+    fit(policy, tmp_path / "run", 1, HFExport())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "hf").iterdir()}
+    with pytest.raises(ValueError, match=r"weights that are not finite \(.*embed_tokens.weight\), so it is not exp"):
+        fit(policy, tmp_path / "run", 2, Lose())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "hf").iterdir()} == before
+
+
 def test_export_to_another_folder(policy: str, tmp_path: Path) -> None:
     fit(policy, tmp_path / "run", 1, HFExport(output_dir=str(tmp_path / "elsewhere")))
     assert "config.json" in names(tmp_path / "elsewhere")

@@ -37,12 +37,13 @@ from remax_lightning.checkpoints.find_checkpoint import check_ranks_agree
 from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO
 from remax_lightning.checkpoints.synced_file import remove
 from remax_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
-from remax_lightning.models.language_model import load_language_model
+from remax_lightning.models.language_model import freeze, load_language_model
 from remax_lightning.models.lora import LoRA
 from remax_lightning.models.parallelize import Sharding, blocks, full_tensor, gathered, sharded_units
 from remax_lightning.models.scalar_model import load_reward_model
 from remax_lightning.models.sharded_loading import load_sharded, stored_keys, weights_folder
 from remax_lightning.models.source import ModelSource
+from remax_lightning.models.weight_sample import weight_sample
 from remax_lightning.modules import PPO, RLOO, SFT, KLControl, PolicyGradientModule, Reinforce, ReMax, RewardModel
 from remax_lightning.modules.base import TrainableModule
 from remax_lightning.rewards import FunctionReward, ModelReward
@@ -325,6 +326,7 @@ def loading(folder: Path, world: int) -> Results:
             "equal": all(torch.equal(state[key], value) for key, value in expected.named_parameters()),
             "difference": float(difference),
             "stops": model.generation_config.eos_token_id == expected.generation_config.eos_token_id,
+            "same_sample": torch.equal(*(weight_sample(freeze(each))["values"] for each in (model, expected))),
         }
     return found
 
@@ -580,6 +582,10 @@ def verifying(folder: Path, world: int) -> Results:
     except ValueError as error:
         found["message"] = str(error)
     found["flipped"] = flipped_bit(folder, world)
+    saves = Checkpoint(str(folder / "flipped"))
+    module = remax(folder, optimizer=adam)
+    again = fit(module, prompts(folder, world), folder, world, steps=6, resume_from="last", callbacks=[saves])
+    found["after a flipped bit"] = {**again, "read": Path(saves.store.resumed_from).name}
     return found
 
 
@@ -589,6 +595,8 @@ def flipped_bit(folder: Path, world: int) -> str:
     if dist.get_rank() == 0:
         shutil.copytree(folder / "saving2" / "checkpoints" / "step=6.ckpt", path)
         shutil.copy(folder / "saving2" / "checkpoints" / "step=6.ckpt.json", path.parent)
+        shutil.copytree(folder / "saving2" / "checkpoints" / "step=3.ckpt", path.parent / "step=3.ckpt")
+        shutil.copy(folder / "saving2" / "checkpoints" / "step=3.ckpt.json", path.parent)
         content = bytearray((path / "__1_0.distcp").read_bytes())
         content[len(content) // 2] ^= 1
         (path / "__1_0.distcp").write_bytes(content)

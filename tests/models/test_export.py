@@ -153,3 +153,34 @@ def test_adapters_of_a_reward_model(tmp_path: Path, merge: bool) -> None:
     export(model, source.load_tokenizer(), str(tmp_path / "hf"), merge=merge)
     loaded = load_reward_model(ModelSource(path=str(tmp_path / "hf")), trained=True).eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["full", "base", "merged", "adapters"])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path, kind: str, value: float) -> None:
+    """An earlier export in the folder stays as it was."""
+    source = ModelSource(path=tiny.save_model(tmp_path / "source"))
+    model, tokenizer = load_language_model(source), source.load_tokenizer()
+    export(model, tokenizer, str(tmp_path / "hf"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    if kind != "full":
+        model = add_lora(model, LoRA(rank=2))
+    names = {"merged": "lora_B", "adapters": "lora_A", "base": "norm.weight", "full": "lm_head"}
+    next(value for name, value in model.named_parameters() if names[kind] in name).flatten()[0] = value
+    with pytest.raises(ValueError, match=rf"has weights that are not finite \(.*{names[kind]}.*\), so it is not exp"):
+        export(model, tokenizer, str(tmp_path / "hf"), merge=kind != "adapters")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+
+
+@torch.no_grad()
+def test_a_merge_beyond_the_type_is_not_exported(tmp_path: Path) -> None:
+    """Base and adapters are finite, their sum is not."""
+    source = ModelSource(path=tiny.save_model(tmp_path / "source"))
+    model = add_lora(load_language_model(source), LoRA(rank=2))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.fill_(1e30)
+    with pytest.raises(ValueError, match=r"NaN|not finite"):
+        export(model, source.load_tokenizer(), str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()

@@ -8,8 +8,15 @@ import pytest
 import tiny
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from remax_lightning.models import loading
 from remax_lightning.models.export import export
@@ -261,3 +268,51 @@ def test_a_quantized_classifier(tmp_path: Path) -> None:
     export(adapted, source.load_tokenizer(), str(tmp_path / "hf"))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
     torch.testing.assert_close(logits(loaded).float(), expected, atol=0.1, rtol=0.05)
+
+
+def without(folder: str, *ends: str) -> str:
+    """The folder itself, without some weights."""
+    file = Path(folder) / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if not name.endswith(ends)}
+    save_file(kept, file, {"format": "pt"})
+    return folder
+
+
+LAYER = "layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("names", [(LAYER,), ("lm_head.weight",), ("weight",)])
+def test_a_policy_that_lacks_weights_is_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    folder = without(tiny.save_model(tmp_path / "policy"), *names)
+    more = " and 18 more" if names == ("weight",) else ""
+    with pytest.raises(ValueError, match=rf"policy lacks weights of LlamaForCausalLM \(.*{names[0]}{more}\), which wo"):
+        load_language_model(ModelSource(path=folder))
+
+
+def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:
+    folder = tiny.save_reward_model(tmp_path / "reward")
+    with pytest.raises(ValueError, match=r"reward lacks weights of LlamaForCausalLM \(lm_head.weight\)"):
+        load_language_model(ModelSource(path=folder))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_may_be_tied_or_new(architecture: str, tied: bool, tmp_path: Path) -> None:
+    source = ModelSource(path=tiny.save_model(tmp_path / "policy", architecture, tie_word_embeddings=tied))
+    load_language_model(source)
+    load_reward_model(source, trained=False)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "deberta-v2"])
+def test_the_head_of_an_encoder_may_be_new(architecture: str, tmp_path: Path) -> None:
+    """With a pooler, which BERT has inside of its body."""
+    config = AutoConfig.for_model(architecture, **{**tiny.SHAPES["bert"], "vocab_size": 64})
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "encoder")
+    tiny.tokenizer().save_pretrained(tmp_path / "encoder")
+    load_reward_model(ModelSource(path=str(tmp_path / "encoder")), trained=False)
+
+
+def test_a_start_of_a_reward_model_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
+    folder = without(tiny.save_model(tmp_path / "policy"), LAYER, "lm_head.weight")
+    with pytest.raises(ValueError, match=rf"lacks weights of LlamaForSequenceClassification \(model.{LAYER}\), which"):
+        load_reward_model(ModelSource(path=folder), trained=False)
