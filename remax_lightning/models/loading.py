@@ -1,11 +1,15 @@
 """Weights of a folder or the hub: as they are, in few bits, or with the adapters of an adapter folder merged in."""
 
+import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from remax_lightning.models.adapter_folder import adapter_base
@@ -31,14 +35,16 @@ def load_weights(auto_class: Any, source: ModelSource, **options: Any) -> tuple[
 
     Raises:
         ImportError: If it is to be quantized and bitsandbytes is not installed.
-        ValueError: If adapters cannot be merged: on quantized weights, not of LoRA, not of this model, or on the hub.
+        ValueError: If a file is damaged, or adapters cannot be merged: on quantized weights, not of LoRA, not of this
+            model, or on the hub.
     """
     assert source.path is not None
     base = adapter_base(existing(source.path))
     check_reachable(base or source.path)  # beside an architecture, the configuration did not come from there
     if source.quantization is not None:
         options["quantization_config"] = _quantization(source, is_adapter=base is not None)
-    model, loading = auto_class.from_pretrained(base or source.path, output_loading_info=True, **options)
+    with readable_weights(base or source.path):
+        model, loading = auto_class.from_pretrained(base or source.path, output_loading_info=True, **options)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             # a rollout on a CPU would leave the weights in a packed form whose gradients are silently wrong
@@ -50,6 +56,26 @@ def load_weights(auto_class: Any, source: ModelSource, **options: Any) -> tuple[
     elif model._hf_peft_config_loaded:
         raise ValueError(f"{source.path} on the hub holds adapters; download it and give path the folder")
     return model, loading
+
+
+@contextmanager
+def readable_weights(path: str) -> Iterator[None]:
+    """Name the folder whose weights cannot be read, which the libraries that read them do not.
+
+    Args:
+        path: The folder or hub name.
+
+    Raises:
+        ValueError: If a file of weights is cut off or damaged.
+    """
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if type(error) is RuntimeError and "PytorchStreamReader" not in str(error):  # of torch.load
+            raise
+        raise ValueError(
+            f"the weights in {path} cannot be read ({str(error).splitlines()[0]}); copy or download them again"
+        ) from error
 
 
 def check_complete(path: str | None, model: PreTrainedModel, missing: set[str]) -> None:

@@ -27,6 +27,7 @@ from remax_lightning.models.adapter_folder import adapter_base
 from remax_lightning.models.adapter_names import base_name, is_adapter
 from remax_lightning.models.hub import check_reachable
 from remax_lightning.models.language_model import freeze
+from remax_lightning.models.loading import readable_weights
 from remax_lightning.models.lora import LoRA, check_quantization, initial_adapter, with_lora
 from remax_lightning.models.parallelize import Sharding, checkpoint_activations, full_tensor, shard, sharded_units
 from remax_lightning.models.source import ModelSource
@@ -66,7 +67,8 @@ def load_sharded(
             "set it to null, or train on one GPU or with trainer.strategy ddp"
         )
     folder, base = weights_folder(source), loader(source, on_meta=True)
-    keys = None if folder is None else stored_keys(base, folder, key_mapping)
+    with readable_weights(str(folder)):
+        keys = None if folder is None else stored_keys(base, folder, key_mapping)
     model = with_lora(base, lora)
     shard(model, sharding, frozen=frozen)
     allocate(model, base, sharding, frozen=frozen)

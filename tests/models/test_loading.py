@@ -316,3 +316,18 @@ def test_a_start_of_a_reward_model_that_lacks_a_layer_is_refused(tmp_path: Path)
     folder = without(tiny.save_model(tmp_path / "policy"), LAYER, "lm_head.weight")
     with pytest.raises(ValueError, match=rf"lacks weights of LlamaForSequenceClassification \(model.{LAYER}\), which"):
         load_reward_model(ModelSource(path=folder), trained=False)
+
+
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_a_damaged_file_of_weights_is_named(is_safe: bool, tmp_path: Path) -> None:
+    folder = Path(tiny.save_model(tmp_path / "model"))
+    file = folder / "model.safetensors"
+    if not is_safe:
+        torch.save(load_file(file), folder / "pytorch_model.bin")
+        file.unlink()
+        file = folder / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(
+        ValueError, match=rf"the weights in {folder} cannot be read \(.*\); copy or download them again"
+    ):
+        load_language_model(ModelSource(path=str(folder)))
