@@ -35,6 +35,7 @@ from remax_lightning.checkpoints.safe_checkpoint_io import read_verified
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
 from remax_lightning.cli_errors import TRACEBACK, escape_output, nearest, refuse, sentence, shows_traceback
 from remax_lightning.cli_limits import limit_parsing
+from remax_lightning.data.base import TokenizedDataModule
 from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.models.visible_text import visible
@@ -170,7 +171,8 @@ class CLI(LightningCLI):
         if isinstance(given.strategy, str):
             kwargs["strategy"] = {"FSDP2Strategy": "fsdp2", "DDPStrategy": "ddp"}.get(given.strategy, given.strategy)
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
-        callbacks = [RankAgreement(flat(self._plain_config())), *(each for each in callbacks if each is not None)]
+        rows = self.datamodule if isinstance(self.datamodule, TokenizedDataModule) else None
+        callbacks = [RankAgreement(flat(self._plain_config()), rows), *(each for each in callbacks if each is not None)]
         if given.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
             callbacks.append(StepBar())
         return super().instantiate_trainer(**kwargs, callbacks=callbacks)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,6 +19,14 @@ ROWS, CODE = "the rows of the data", "the code of remax_lightning"
 LIBRARIES = ("torch", "transformers", "lightning")
 
 
+class Rows(Protocol):
+    """What is asked of a data module."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of its rows."""
+
+
 class RankAgreement(Callback):
     """Refuses a run whose ranks have different rows, settings or code, before they wait for each other in vain.
 
@@ -27,10 +35,12 @@ class RankAgreement(Callback):
 
     Args:
         configuration: Settings by full names, as values that are text, numbers or lists of them.
+        rows: The data module, whose rows are compared; None compares none.
     """
 
-    def __init__(self, configuration: Mapping[str, Any]) -> None:
+    def __init__(self, configuration: Mapping[str, Any], rows: Rows | None = None) -> None:
         self.configuration = {name: str(value) for name, value in configuration.items() if name not in OWN}
+        self.rows = rows
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare all ranks; collective.
@@ -40,9 +50,8 @@ class RankAgreement(Callback):
         """
         facts = {**self.configuration, CODE: code_digest()}
         facts |= {f"the version of {name}": version(name) for name in LIBRARIES}
-        rows = getattr(trainer.datamodule, "digest", None)  # type: ignore[attr-defined]
-        if rows is not None:  # as of data modules of this package
-            facts[ROWS] = rows
+        if self.rows is not None:
+            facts[ROWS] = self.rows.digest
         check_agreement(facts)
 
 
