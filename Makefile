@@ -10,7 +10,7 @@ DOCS_INSTALLED := $(VENV)/.remax-lightning-docs-installed
 RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast test-jitter check docs clean
+.PHONY: help install quickstart test test-fast test-jitter chaos check docs clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,10 +45,16 @@ test-fast: $(INSTALLED) ## run the tests that take a minute or two; what is left
 test-jitter: $(INSTALLED) ## run them where the last bits of matrix products depend on row and shape (tests/jitter.py)
 	$(PYTEST) -m "not slow" --jitter --ignore tests/plan  # those measure memory, of which the jitter takes some
 
-check: $(INSTALLED) ## ruff and mypy
+chaos: export OMP_NUM_THREADS ?= 1
+
+chaos: $(INSTALLED) ## the faults of tests/chaos with 200 kills at random moments, in an hour; make test has 2 of each case
+	$(PY) -m pytest tests/chaos --kills 34
+
+check: $(INSTALLED) ## ruff, mypy, and no copyleft licence among the dependencies
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m piplicenses --from=mixed --partial-match --fail-on="GNU;GPL;Commercial;UNKNOWN" > /dev/null
 
 docs: $(DOCS_INSTALLED) ## build the documentation into site/; a broken link or an unknown name is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

@@ -19,6 +19,7 @@ from jitter import Jitter
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=2, help="random kills of each case of tests/chaos")
     parser.addoption("--jitter", action="store_true", help="last bits of matrix products depend on row and shape")
 
 

@@ -71,6 +71,32 @@ def script(path: str) -> ModuleType:
     return module
 
 
+def test_each_guarantee_names_the_tests_that_hold_it() -> None:
+    section = read("README.md").partition("## Guarantees")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "what holds" not in line]
+    assert len(rows) >= 5
+    for row in rows:
+        tests = re.findall(r"\[`(\w+)`\]\(([^)]+)\)", row)
+        assert tests, row
+        for test, file in tests:
+            assert f"def {test}(" in read(file), f"{file} has no {test}"
+
+
+def test_every_fault_has_its_test() -> None:
+    """The numbers of docs/faults.md are those of the tests that make the faults."""
+    listed = {int(number) for number in re.findall(r"^\| (\d+) \|", read("docs/faults.md"), flags=re.MULTILINE)}
+    assert listed == set(range(1, 63))
+    tested = set()
+    for path in (ROOT / "tests" / "chaos").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                tested |= set(map(int, re.findall(r"(?<=_)\d+(?=_)", node.name.partition("kill_9")[0])))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                is_fault = node.func.id in ("Fault", "reward_fault", "stopped")
+                tested |= {node.args[0].value} if is_fault and isinstance(node.args[0], ast.Constant) else set()
+    assert listed - tested == set()
+
+
 def test_tables_are_those_of_the_results() -> None:
     update_docs = script("benchmarks/update_docs.py")
     for document, *_ in update_docs.TABLES:
