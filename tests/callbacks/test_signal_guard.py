@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from remax_lightning.callbacks import Checkpoint
-from remax_lightning.callbacks.sigterm_guard import Terminated
+from remax_lightning.callbacks.signal_guard import Terminated
 
 STEPS = 4
 
