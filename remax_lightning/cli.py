@@ -21,6 +21,7 @@ from remax_lightning import data, modules, rewards, rollout, strategies  # noqa:
 from remax_lightning.callbacks import Checkpoint, HFExport, ProgressLines, ResponseWriter, SelfCheck, StepBar
 from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import flat
+from remax_lightning.callbacks.signal_guard import Terminated
 from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder, verified
 from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
@@ -215,24 +216,28 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         run(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except SystemExit as end:
-        if is_interrupted(end):  # Lightning shuts down and leaves with 1
-            sys.exit(INTERRUPTED)
-        raise
-    except Exception as error:
-        if is_interrupted(error):  # in the middle of a save, say, which fails for that
-            sys.exit(INTERRUPTED)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if (status := status_of_signal(error)) is not None:
+            sys.exit(status)
+        if isinstance(error, SystemExit):
+            raise
         if shows_traceback() or (told := sentence(error)) is None:
             raise
         sys.exit(f"error: {told}")
 
 
-def is_interrupted(error: BaseException) -> bool:
-    """Whether an error came of SIGINT."""
-    context = error.__context__
-    return context is not None and (isinstance(context, KeyboardInterrupt) or is_interrupted(context))
+def status_of_signal(error: BaseException | None) -> int | None:
+    """The exit status of a process that a signal has ended, if an error came of one: in the middle of a save, say.
+
+    Lightning leaves with 1 after SIGINT.
+    """
+    if error is None:
+        return None
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, Terminated):
+        return int(str(error.code))
+    return status_of_signal(error.__cause__ or error.__context__)
 
 
 def run(args: Sequence[str]) -> None:

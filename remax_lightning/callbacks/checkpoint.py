@@ -213,6 +213,7 @@ class Checkpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the state after the last finished optimizer step, if it is not saved yet."""
         self.guard.defer(Deferral.ALWAYS)
+        self.guard.blame(exception)
         self.saver.save_after_error(trainer, self.state, exception)
         if isinstance(exception, TooManySkippedSteps):
             exception.checkpoint = self.store.before(trainer.global_step)

@@ -44,7 +44,9 @@ class Rendezvous:
             Where all ranks save now, by this group; None if one has not come, or wants to save something else.
         """
         try:
-            dist.monitored_barrier(self.group, timeout=timedelta(seconds=SECONDS_TO_MEET))
+            options = dist.BarrierOptions()
+            options.timeout = timedelta(seconds=SECONDS_TO_MEET)
+            self.group.barrier(options).wait()  # dist.barrier knows only the group's timeout
             found: list[tuple[Claim, str]] = [(claim, path)] * dist.get_world_size()
             dist.all_gather_object(found, (claim, path), group=self.group)
         except (RuntimeError, ValueError):  # a rank has not come, or its process has ended

@@ -37,6 +37,10 @@ class Terminated(SystemExit):
         super().__init__(128 + signum)
 
 
+def _interruption(signum: int) -> BaseException:
+    return KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
+
+
 class Deferral(IntEnum):
     """What a signal has to wait for."""
 
@@ -128,7 +132,12 @@ class SignalGuard:
             Terminated: If it is another one.
         """
         self.stop()
-        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)
+        raise _interruption(signum)
+
+    def blame(self, error: BaseException) -> None:
+        """Make a signal that has come the cause of an error: ranks that do not get to its end lose the others."""
+        if self.signum and not isinstance(error, Terminated | KeyboardInterrupt):
+            error.__cause__ = _interruption(self.signum)
 
     def defer(self, to: Deferral) -> None:
         """Make signals wait.

@@ -233,8 +233,7 @@ class TrainableModule(LightningModule):
         if is_usable:
             optimizer.step()
             self.lr_schedulers().step()  # type: ignore[union-attr]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            callback.on_before_zero_grad(self.trainer, self, optimizer)  # which Lightning leaves to this loop
+        call_before_zero_grad(self, optimizer)
         optimizer.zero_grad()
         self.skipped_steps.count(is_usable=is_usable, step=self.global_step)
 
@@ -281,6 +280,12 @@ class TrainableModule(LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=True, batch_size=1)
 
     on_validation_epoch_end = on_test_epoch_end = log_evaluation
+
+
+def call_before_zero_grad(module: TrainableModule, optimizer: Optimizer) -> None:
+    """Tell the callbacks that an update is complete, or skipped; Lightning leaves this hook to manual optimization."""
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        callback.on_before_zero_grad(module.trainer, module, optimizer)
 
 
 def load_module(cls: type[ModuleType], path: Any, arguments: dict[str, Any]) -> ModuleType:

@@ -269,3 +269,20 @@ def test_a_process(policy: str, tmp_path: Path, devices: int) -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------------------- errors and other signals
+
+
+class Fails(Callback):
+    """Acts when a hook is reached in the batch after some steps, for the n-th time there."""
+
+    def __init__(self, hook: str, step: int, act: Any, count: int = 1) -> None:
+        self.step, self.act, self.count = step, act, count
+        setattr(self, hook, self.call)
+
+    def call(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step == self.step:
+            self.count -= 1
+            if self.count == 0:
+                self.act()
