@@ -129,8 +129,8 @@ class Checkpoint(ModelCheckpoint):
         trainer.strategy.checkpoint_io = self.saver.io = io
         trainer._signal_connector, self.state = GuardedSignals(trainer, self.guard), LastState()
         if stage == "fit":
-            _take(self.lock, trainer)
             self.store.run, self.store.resumed_from = uuid.uuid4().hex, ""
+            _take(self.lock, self.store, trainer)
             self.saver.path = self.last_model_path = ""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,11 +231,13 @@ def _saves_alone(trainer: Trainer) -> bool:
     return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
 
 
-def _take(lock: RunLock, trainer: Trainer) -> None:
-    """Take the lock on rank 0, or raise on all ranks."""
+def _take(lock: RunLock, store: CheckpointStore, trainer: Trainer) -> None:
+    """Take the lock on rank 0, or raise on all ranks; then a run that is not resumed has begun."""
     is_needed = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if (refusal := trainer.strategy.broadcast(lock.take() if is_needed else None)) is not None:
         raise RuntimeError(refusal)
+    if is_needed and trainer.ckpt_path is None:
+        store.note_start()
 
 
 def _check_sharded(strategy: Strategy) -> None:

@@ -45,17 +45,17 @@ class CheckpointStore:
 
     def note_start(self) -> None:
         """Note which run was started last, and tell of the checkpoints that another one has left."""
-        newest, manifest = next(iter(manifests(self.folder)), (None, None))
+        note, (newest, manifest) = self.folder / UNSAVED_FILE, next(iter(manifests(self.folder)), (None, None))
         if manifest is None or manifest.run == self.run:
             self.note_saved()
             return
-        (self.folder / UNSAVED_FILE).write_text(self.run, encoding="utf-8")
-        if not self.resumed_from:
+        if not self.resumed_from and not (note.exists() and note.read_text(encoding="utf-8") == self.run):
             rank_zero_warn(
                 f"{self.folder} has checkpoints of an earlier run, the newest {newest}; this run starts from the "
                 "beginning, saves beside them, and exports its model in place of that run's; to go on with that one, "
                 "end this one and give --ckpt_path with that path"
             )
+        note.write_text(self.run, encoding="utf-8")
 
     def note_saved(self) -> None:
         """Note that the newest checkpoint is of the run that was started last."""
