@@ -190,8 +190,9 @@ class CLI(LightningCLI):
         ``last`` starts from the beginning.
         """
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        (callback,) = (each for each in self.trainer.checkpoint_callbacks if isinstance(each, Checkpoint))
+        callback.is_new_run = kwargs.get("ckpt_path") is None
         if kwargs.get("ckpt_path") not in (None, "hpc"):
-            (callback,) = (each for each in self.trainer.checkpoint_callbacks if isinstance(each, Checkpoint))
             kwargs["ckpt_path"] = callback.find(str(kwargs["ckpt_path"]), is_fit=subcommand == "fit")
         return kwargs
 

@@ -82,6 +82,7 @@ class Checkpoint(ModelCheckpoint):
         self.lock = RunLock(self.store.folder)
         self.configuration: dict[str, Any] = {}
         self.requested_path: str | None = None
+        self.is_new_run = False  # set by the command line; else it is known when training starts
         self.state = LastState()
 
     @property
@@ -108,8 +109,7 @@ class Checkpoint(ModelCheckpoint):
 
     def find(self, given: str, *, is_fit: bool) -> str | None:
         """The path that ``--ckpt_path`` means; see :func:`find_checkpoint`."""
-        if given == "last":
-            self.store.check_last()
+        self.store.check_last(given)
         self.requested_path = find_checkpoint(given, self.store.folder, self.monitor, self.mode, is_fit=is_fit)
         return self.requested_path
 
@@ -122,15 +122,14 @@ class Checkpoint(ModelCheckpoint):
         """Make the trainer write and read checkpoints safely, and end by signals; refuse a folder that is in use."""
         assert isinstance(pl_module, TrainableModule)
         safe_checkpoint_io(trainer.strategy.checkpoint_io)
-        if self.saver.in_background:
-            _check_sharded(trainer.strategy)
+        _check_sharded(trainer.strategy, needed=self.saver.in_background)
         check_ranks_agree(self.requested_path)
         io = SafeCheckpointIO(check=lambda checkpoint: check_model(checkpoint, pl_module, is_fit=stage == "fit"))
         trainer.strategy.checkpoint_io = self.saver.io = io
         trainer._signal_connector, self.state = GuardedSignals(trainer, self.guard), LastState()
         if stage == "fit":
             self.store.run, self.store.resumed_from = uuid.uuid4().hex, ""
-            _take(self.lock, self.store, trainer)
+            _take(self.lock, self.store, trainer, is_new_run=self.is_new_run)
             self.saver.path = self.last_model_path = ""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,17 +230,17 @@ def _saves_alone(trainer: Trainer) -> bool:
     return trainer.world_size == 1 or isinstance(trainer.strategy, DDPStrategy)
 
 
-def _take(lock: RunLock, store: CheckpointStore, trainer: Trainer) -> None:
-    """Take the lock on rank 0, or raise on all ranks; then a run that is not resumed has begun."""
+def _take(lock: RunLock, store: CheckpointStore, trainer: Trainer, *, is_new_run: bool) -> None:
+    """Take the lock on rank 0, or raise on all ranks."""
     is_needed = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if (refusal := trainer.strategy.broadcast(lock.take() if is_needed else None)) is not None:
         raise RuntimeError(refusal)
-    if is_needed and trainer.ckpt_path is None:
+    if is_needed and is_new_run and trainer._checkpoint_connector._hpc_resume_path is None:
         store.note_start()
 
 
-def _check_sharded(strategy: Strategy) -> None:
-    if not is_sharded(strategy):
+def _check_sharded(strategy: Strategy, *, needed: bool) -> None:
+    if needed and not is_sharded(strategy):
         raise ValueError(
             "checkpoint.async_save writes the shards of --trainer.strategy fsdp2 with save_sharded in the background, "
             f"but here ({type(strategy).__name__}) a checkpoint is one file; set checkpoint.async_save to false"

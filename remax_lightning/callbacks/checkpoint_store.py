@@ -61,14 +61,14 @@ class CheckpointStore:
         """Note that the newest checkpoint is of the run that was started last."""
         (self.folder / UNSAVED_FILE).unlink(missing_ok=True)
 
-    def check_last(self) -> None:
-        """Refuse that the newest checkpoint stands for the run that was started last, if that one has saved nothing.
+    def check_last(self, given: str) -> None:
+        """Refuse that ``last`` is a checkpoint of another run than the one that was started last.
 
         Raises:
-            ValueError: If it has saved nothing, and there are checkpoints of another run.
+            ValueError: If that one has saved nothing, and there are checkpoints of another one.
         """
         note, entries = self.folder / UNSAVED_FILE, manifests(self.folder)
-        if note.exists() and entries and entries[0][1].run != note.read_text(encoding="utf-8"):
+        if given == "last" and note.exists() and entries and entries[0][1].run != note.read_text(encoding="utf-8"):
             raise ValueError(
                 f"--ckpt_path last: the run that was started last in {self.folder} has ended before its first "
                 f"checkpoint, and the newest one is of another run; give its path, {entries[0][0]}, to go on with that "

@@ -110,9 +110,13 @@ class SignalGuard:
         """Make the signal urgent after a while, on all ranks that Lightning has launched."""
         if isinstance(self._launcher, _SubprocessScriptLauncher) and not self._is_child:
             self._launcher.kill(self.signum)
-        self._timer = threading.Timer(PATIENCE_SECONDS, os.kill, (os.getpid(), self.signum))
+        self._timer = threading.Timer(PATIENCE_SECONDS, self._urge)
         self._timer.daemon = True
         self._timer.start()
+
+    def _urge(self) -> None:
+        self._is_urgent = True
+        os.kill(os.getpid(), self.signum)  # the handler runs in the main thread
 
     def _raise_if_due(self) -> None:
         is_due = self._is_urgent or (self.at_once and self.deferral == Deferral.NONE)
