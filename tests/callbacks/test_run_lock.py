@@ -156,8 +156,7 @@ def test_a_run_has_its_folder_for_itself(policy: str, tmp_path: Path) -> None:
     assert Path(f"{folder}.lock").exists()
 
 
-@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_start"])
-def test_another_runs_checkpoints_are_told_of_and_not_resumed_from(hook: str, policy: str, tmp_path: Path) -> None:
+def test_another_runs_checkpoints_are_told_of_and_not_resumed_from(policy: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     fit(policy, folder, 2)
     with pytest.warns(
@@ -166,7 +165,7 @@ def test_another_runs_checkpoints_are_told_of_and_not_resumed_from(hook: str, po
         fit(policy, folder, 3)
     fit(policy, folder, 3, ckpt_path="last")
     with pytest.raises(KeyError):
-        fit(policy, folder, 3, Fails(hook))
+        fit(policy, folder, 3, Fails("on_train_batch_start"))
     message = r"--ckpt_path last: the run that was started last in .* before its first checkpoint, .*step=3.ckpt, to go"
     trainer = tiny.trainer(tmp_path, 4, [Checkpoint(dirpath=str(folder))], enable_checkpointing=True)
     data = tiny.prompt_data(tmp_path)
