@@ -26,6 +26,7 @@ from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder, verif
 from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
 from remax_lightning.cli_errors import TRACEBACK, nearest, refuse, sentence, shows_traceback
+from remax_lightning.cli_ranks import end_with_launcher
 from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
@@ -247,6 +248,7 @@ def run(args: Sequence[str]) -> None:
     Args:
         args: The sub-command and its arguments.
     """
+    end_with_launcher()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     sys.path.append(os.getcwd())  # reward functions of the user's own
     set_parsing_settings(add_print_completion_argument=True)
