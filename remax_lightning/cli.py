@@ -26,7 +26,7 @@ from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder, verif
 from remax_lightning.checkpoints.safe_checkpoint_io import read_checkpoint
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
 from remax_lightning.cli_errors import TRACEBACK, nearest, refuse, sentence, shows_traceback
-from remax_lightning.cli_ranks import end_with_launcher
+from remax_lightning.cli_ranks import end_with_launcher, watch_start
 from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
 from remax_lightning.modules.base import TrainableModule
@@ -249,6 +249,7 @@ def run(args: Sequence[str]) -> None:
         args: The sub-command and its arguments.
     """
     end_with_launcher()
+    watch_start()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     sys.path.append(os.getcwd())  # reward functions of the user's own
     set_parsing_settings(add_print_completion_argument=True)
