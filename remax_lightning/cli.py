@@ -30,11 +30,13 @@ from remax_lightning.callbacks import (
 )
 from remax_lightning.callbacks.hf_export import TrainingRecord, export_module, recorded
 from remax_lightning.callbacks.resume_check import flat
+from remax_lightning.callbacks.signal_guard import Terminated
 from remax_lightning.checkpoints.find_checkpoint import checkpoint_folder
 from remax_lightning.checkpoints.safe_checkpoint_io import read_verified
 from remax_lightning.cli_arguments import Parser, check_data, check_trainer, prepare
 from remax_lightning.cli_errors import TRACEBACK, escape_output, nearest, refuse, sentence, shows_traceback
 from remax_lightning.cli_limits import limit_parsing
+from remax_lightning.cli_ranks import end_with_launcher, watch_start
 from remax_lightning.data.base import TokenizedDataModule
 from remax_lightning.data.toy import make_toy_data
 from remax_lightning.evaluation.report import report
@@ -209,8 +211,9 @@ class CLI(LightningCLI):
         ``last`` starts from the beginning.
         """
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        (callback,) = (each for each in self.trainer.checkpoint_callbacks if isinstance(each, Checkpoint))
+        callback.is_new_run = kwargs.get("ckpt_path") is None
         if kwargs.get("ckpt_path") not in (None, "hpc"):
-            (callback,) = (each for each in self.trainer.checkpoint_callbacks if isinstance(each, Checkpoint))
             kwargs["ckpt_path"] = callback.find(str(kwargs["ckpt_path"]), is_fit=subcommand == "fit")
         return kwargs
 
@@ -236,24 +239,28 @@ def main(args: list[str] | None = None) -> None:
     escape_output()
     try:
         run(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except SystemExit as end:
-        if is_interrupted(end):  # Lightning shuts down and leaves with 1
-            sys.exit(INTERRUPTED)
-        raise
-    except Exception as error:
-        if is_interrupted(error):  # in the middle of a save, say, which fails for that
-            sys.exit(INTERRUPTED)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if (status := status_of_signal(error)) is not None:
+            sys.exit(status)
+        if isinstance(error, SystemExit):
+            raise
         if shows_traceback() or (told := sentence(error)) is None:
             raise
         sys.exit(visible(f"error: {told}"))
 
 
-def is_interrupted(error: BaseException) -> bool:
-    """Whether an error came of SIGINT."""
-    context = error.__context__
-    return context is not None and (isinstance(context, KeyboardInterrupt) or is_interrupted(context))
+def status_of_signal(error: BaseException | None) -> int | None:
+    """The exit status of a process that a signal has ended, if an error came of one: in the middle of a save, say.
+
+    Lightning leaves with 1 after SIGINT.
+    """
+    if error is None:
+        return None
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, Terminated):
+        return int(str(error.code))
+    return status_of_signal(error.__cause__ or error.__context__)
 
 
 def run(args: Sequence[str]) -> None:
@@ -262,6 +269,8 @@ def run(args: Sequence[str]) -> None:
     Args:
         args: The sub-command and its arguments.
     """
+    end_with_launcher()
+    watch_start()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     sys.path.append(os.getcwd())  # reward functions of the user's own
     set_parsing_settings(add_print_completion_argument=True)

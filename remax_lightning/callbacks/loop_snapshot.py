@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 
 @dataclass(frozen=True)
 class LoopSnapshot:
-    """The position of a run after a step.
+    """The position of a run after a batch.
 
     Args:
         loops: State of Lightning's loops at the end of the batch, before any validation.
@@ -36,12 +36,19 @@ class LoopSnapshot:
 
     @classmethod
     def capture(cls, trainer: Trainer) -> "LoopSnapshot":
-        """The state at the end of a training batch, from where it must be called."""
+        """The state at the end of the training batch that is running.
+
+        Within the batch, the rest of it counts as done: updates that were still to be made are left out.
+        """
         epoch_loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
+        loops = trainer._checkpoint_connector._get_loops_state_dict()
+        batches = loops["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (batches["total"], batches["current"]):
+            counts.update(started=counts["ready"], processed=counts["ready"])
         return cls(
-            loops=trainer._checkpoint_connector._get_loops_state_dict(),
+            loops=loops,
             data={} if trainer.datamodule is None else trainer.datamodule.state_dict(),  # type: ignore[attr-defined]
             batches=epoch_loop.batch_progress.total.ready,
             epoch=trainer.current_epoch,
@@ -73,6 +80,52 @@ class LoopSnapshot:
             batches.update(current=dict.fromkeys(batches["current"], 0), is_last_batch=False)
             fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
         return loops
+
+
+class LastState:
+    """The last complete state of a fit, as it goes on.
+
+    Without ``start``, there is none.
+    """
+
+    def __init__(self) -> None:
+        self.snapshot: LoopSnapshot | None = None  # of the last finished batch
+        self.step = self.batches = 0  # of the snapshot, or of the start
+        self.is_training = False
+        self.is_torn = False  # an update is half done
+
+    def start(self, trainer: Trainer) -> None:
+        """Begin with nothing to save, when training starts."""
+        self.snapshot, self.is_training, self.is_torn = None, True, False
+        self.step, self.batches = trainer.global_step, _batches(trainer)["ready"]
+        clear_restarting_flag(trainer)
+
+    def capture(self, trainer: Trainer) -> LoopSnapshot:
+        """The state at the end of a training batch, from where it must be called."""
+        self.snapshot = LoopSnapshot.capture(trainer)
+        self.step, self.batches = self.snapshot.step, self.snapshot.batches
+        return self.snapshot
+
+    def validated(self, scores: dict[str, float]) -> None:
+        """The validation after the last batch has been run."""
+        if self.snapshot is not None:
+            self.snapshot = self.snapshot.validated(scores)
+
+    def newest(self, trainer: Trainer) -> LoopSnapshot | None:
+        """The state after the last finished optimizer step; None before there is one.
+
+        While an update is half done that state is lost, and this still tells which one it was.
+        """
+        batches = _batches(trainer)
+        if not self.is_training or self.is_torn or batches["ready"] == self.batches:
+            return self.snapshot
+        has_changed = trainer.global_step > self.step or batches["processed"] == batches["ready"]
+        return LoopSnapshot.capture(trainer) if has_changed else self.snapshot
+
+
+def _batches(trainer: Trainer) -> dict[str, int]:
+    """How many batches are ready (begun) and processed, over all epochs."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()
 
 
 def clear_restarting_flag(trainer: Trainer) -> None:

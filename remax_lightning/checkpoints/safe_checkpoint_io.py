@@ -56,11 +56,14 @@ class SaveOptions:
         run: Which training it belongs to.
         scores: Metrics of the validation after its step.
         in_background: Return when the tensors are copied; only for sharded folders.
+        group: Ranks that write a sharded folder, which is not saved in the background then; the default is all of
+            them, by the default backend.
     """
 
     run: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     in_background: bool = False
+    group: dist.ProcessGroup | None = None
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -109,14 +112,16 @@ class SafeCheckpointIO(TorchCheckpointIO):
         self.wait()
         path, manifest, files = Path(path), _manifest(checkpoint, storage_options), {}
         folder = partial_path(path)
-        with raise_on_all_ranks(path, folder):
+        group = None if storage_options is None else storage_options.group
+        with raise_on_all_ranks(path, folder, group):
             if dist.get_rank() == 0:
                 remove(folder)
                 folder.mkdir(parents=True)
                 files = write_non_tensors(checkpoint, folder)
         tensors = sharded_tensors(checkpoint)
         if storage_options is None or not storage_options.in_background:
-            _finish_folder(partial(dcp.save, tensors, checkpoint_id=str(folder)), path, manifest, files)
+            write = partial(dcp.save, tensors, checkpoint_id=str(folder), process_group=group)
+            _finish_folder(write, path, manifest, files, group)
             return
         if self._background_group is None:
             # of its own, since its messages cross those of the training; on a CPU, where the copies are
@@ -221,7 +226,7 @@ def _finish_folder(
         path: The checkpoint.
         manifest: Its manifest, without size and digest.
         files: The files that rank 0 has written already.
-        group: The group of the background.
+        group: The ranks that take part; the default is all of them, by the default backend.
     """
     folder = partial_path(path)
     with raise_on_all_ranks(path, folder, group):

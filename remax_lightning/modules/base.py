@@ -5,6 +5,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -41,6 +42,21 @@ MAX_SKIPPED_STEPS = 10
 REMEDY = "look at the rewards and the data, or lower the learning rate"
 
 
+class TooManySkippedSteps(RuntimeError):
+    """A run whose steps are all skipped.
+
+    ``checkpoint`` is set by who knows: the newest one from before the last step that was taken, whose weights had a
+    finite gradient.
+    """
+
+    checkpoint: Path | None = None
+
+    def __str__(self) -> str:
+        if self.checkpoint is None:
+            return super().__str__()
+        return f"{super().__str__()}; the newest checkpoint whose gradient was finite is {self.checkpoint}"
+
+
 class SkippedSteps:
     """Counts the steps that are skipped in a row; ``remedy`` is what is to be done when they are too many."""
 
@@ -52,14 +68,14 @@ class SkippedSteps:
         """Count a step.
 
         Raises:
-            RuntimeError: After ten skipped steps in a row.
+            TooManySkippedSteps: After ten skipped steps in a row.
         """
         self.in_a_row = 0 if is_usable else self.in_a_row + 1
         if is_usable:
             return
         rank_zero_warn(f"step {step} is skipped ({self.in_a_row} in a row): no usable row, or a non-finite gradient")
         if self.in_a_row == MAX_SKIPPED_STEPS:
-            raise RuntimeError(
+            raise TooManySkippedSteps(
                 f"{MAX_SKIPPED_STEPS} steps in a row had no usable row or a gradient that is not finite; the weights "
                 f"are those before them: {self.remedy}"
             )
@@ -201,7 +217,7 @@ class TrainableModule(LightningModule):
             accept: From the metrics of all rows, (N,) each, to whether the step is taken; all ranks have to agree.
 
         Raises:
-            RuntimeError: After ten skipped steps in a row.
+            TooManySkippedSteps: After ten skipped steps in a row.
             TypeError: If ``losses`` yields something else.
         """
         optimizer = cast(Optimizer, self.optimizers())
@@ -219,6 +235,7 @@ class TrainableModule(LightningModule):
         if is_usable:
             optimizer.step()
             self.lr_schedulers().step()  # type: ignore[union-attr]
+        call_before_zero_grad(self, optimizer)
         optimizer.zero_grad()
         self.skipped_steps.count(is_usable=is_usable, step=self.global_step)
 
@@ -265,6 +282,12 @@ class TrainableModule(LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=True, batch_size=1)
 
     on_validation_epoch_end = on_test_epoch_end = log_evaluation
+
+
+def call_before_zero_grad(module: TrainableModule, optimizer: Optimizer) -> None:
+    """Tell the callbacks that an update is complete, or skipped; Lightning leaves this hook to manual optimization."""
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        callback.on_before_zero_grad(module.trainer, module, optimizer)
 
 
 def load_module(cls: type[ModuleType], path: Any, arguments: dict[str, Any]) -> ModuleType:

@@ -405,6 +405,101 @@ def test_a_full_disk_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
 
 
+# ---------------------------------------------------------------------------------------- weights that cannot be used
+
+
+class Ruin(Callback):
+    """Makes one weight NaN after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: object) -> None:
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                pl_module.policy.lm_head.weight[3, 5] = torch.nan
+
+
+@pytest.mark.parametrize("interval", [1, 2, 9])
+def test_weights_that_are_not_finite_are_not_saved(interval: int, tmp_path: Path) -> None:
+    """Neither when it is time nor after the error nor at the end, and the older ones stay."""
+    policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
+    saves = Checkpoint(dirpath=str(folder), every_n_train_steps=interval, keep_last=1)
+    trainer = tiny.trainer(tmp_path, 3, [Ruin(3), saves], enable_checkpointing=True)
+    go_on = {1: r"resume from .*step=2.ckpt, the newest", 2: r"resume from .*step=2.ckpt, the newest", 9: "start again"}
+    message = rf"weights after step 3 are not finite \(.* policy.lm_head.weight\) and are not saved; {go_on[interval]}"
+    with pytest.raises(RuntimeError, match=message), pytest.warns(UserWarning, match=f"not be saved: the {message}"):
+        trainer.fit(tiny.remax(policy, optimizer=tiny.adam()), datamodule=tiny.prompt_data(tmp_path, batch_size=2))
+    assert steps_in(folder) == ({2} if interval < 9 else set())
+
+
+def test_after_ten_skipped_steps_the_weights_from_before_are_there_and_named(tmp_path: Path) -> None:
+    """Saves of the same weights, after skipped steps, do not push them out."""
+    policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
+
+    class Explode(Callback):
+        """From a step on, every gradient is infinite."""
+
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.global_step == 2:
+                pl_module.policy.lm_head.weight.grad.fill_(torch.inf)
+
+    saves = Checkpoint(dirpath=str(folder), keep_last=2)  # at the end of each epoch, of three batches
+    trainer = tiny.trainer(tmp_path, 9, [Explode(), saves], enable_checkpointing=True, limit_train_batches=1)
+    message = r"10 steps in a row .*; the newest checkpoint whose gradient was finite is .*run/step=1.ckpt"
+    with pytest.raises(RuntimeError, match=message):
+        trainer.fit(tiny.remax(policy, optimizer=tiny.adam()), datamodule=tiny.prompt_data(tmp_path, batch_size=2))
+    entries = manifests(folder)
+    assert [manifest.step for _, manifest in entries] == [2, 1]
+    assert newest_complete(folder) == entries[0][0]
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def scores_of(
+    folder: Path, policy: str, steps: int, interval: int, monitor: str | None = "val/reward", **options: Any
+) -> dict[str, float]:
+    """A run of three batches an epoch that is validated after every so many; the checkpoints' scores."""
+    saves = Checkpoint(dirpath=str(folder), monitor=monitor, keep_last=9, save_top_k=9)
+    validations = {"val_check_interval": interval, "check_val_every_n_epoch": None}
+    trainer = tiny.trainer(folder.parent, steps, [saves], enable_checkpointing=True, **validations)
+    data = tiny.prompt_data(folder.parent, [{"prompt": each} for each in ("Go", "a", "What")], batch_size=1)
+    data.validation = data.train
+    trainer.fit(tiny.remax(policy, optimizer=tiny.adam()), datamodule=data, **options)
+    return {path.name: manifest.scores.get("val/reward", math.nan) for path, manifest in manifests(folder)}
+
+
+def test_a_score_is_that_of_the_weights(tmp_path: Path) -> None:
+    """Checkpoints at the end of an epoch, without a validation, have none; also before the first one, and resumed."""
+    policy, folder = tiny.save_model(tmp_path / "policy"), tmp_path / "run"
+    scores = scores_of(folder, policy, 5, 4)
+    scores = scores_of(folder, policy, 10, 4, ckpt_path="last")
+    validated = {name for name, score in scores.items() if not math.isnan(score)}
+    assert scores.keys() - validated == {"step=3.ckpt", "step=5.ckpt", "step=6.ckpt", "step=9.ckpt", "step=10.ckpt"}
+    assert validated == {"step=4.ckpt", "step=8.ckpt"}
+    data = tiny.prompt_data(tmp_path, [{"prompt": each} for each in ("Go", "a", "What")], batch_size=1)
+    data.validation = data.train
+    for name in validated:
+        (found,) = tiny.trainer(tmp_path).validate(
+            tiny.remax(policy), datamodule=data, ckpt_path=str(folder / name), verbose=False
+        )
+        assert found["val/reward"] == pytest.approx(scores[name], abs=1e-5)
+
+
+def test_a_monitor_that_no_validation_logs_is_refused(tmp_path: Path) -> None:
+    """At the first validation, where the names are known; a training's metric is of the weights before the step."""
+    policy = tiny.save_model(tmp_path / "policy")
+    for monitor in ("val/rewrad", "train/reward"):
+        with pytest.raises(ValueError, match=rf"that the validation logs, got {monitor}; there are .*val/reward"):
+            scores_of(tmp_path / "run", policy, 5, 4, monitor)
+    saves = Checkpoint(dirpath=str(tmp_path / "other"), monitor="val/reward")
+    with pytest.raises(ValueError, match=r"got val/reward, but this fit does not validate; set data.validation"):
+        tiny.trainer(tmp_path, 1, [saves], enable_checkpointing=True).fit(
+            tiny.remax(policy), datamodule=tiny.prompt_data(tmp_path)
+        )
+
+
 # ------------------------------------------------------------------------------------------------ the command line
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from remax_lightning import strategies
-from remax_lightning.callbacks import Checkpoint, HFExport, RankAgreement, SelfCheck
+from remax_lightning.callbacks import Checkpoint, HFExport, RankAgreement, SelfCheck, rendezvous, signal_guard
 from remax_lightning.checkpoints import checkpoint_folder, find_checkpoint, safe_checkpoint_io
 from remax_lightning.checkpoints.find_checkpoint import check_ranks_agree
 from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO
@@ -373,6 +374,66 @@ def terminated(folder: Path, world: int) -> Results:
     except SystemExit as end:
         status = end.code
     return {"status": status, "weights": weights(module), "files": sorted(path.name for path in run.iterdir())}
+
+
+class Acts(Callback):
+    """Acts in a hook of the step after some others, in each process."""
+
+    def __init__(self, hook: str, step: int, act: Callable[[int], None]) -> None:
+        self.step, self.act = step, act
+        setattr(self, hook, self.call)
+
+    def call(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step == self.step:
+            self.act(trainer.global_rank)
+
+
+def interrupted(folder: Path, world: int) -> Results:
+    """What is saved of runs that end by a signal to one process, or by an error or a signal in both of them."""
+
+    def send_to_first(rank: int) -> None:
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def fail(rank: int) -> None:
+        raise KeyError("in both processes")
+
+    def fail_apart(rank: int) -> None:
+        time.sleep(4 * rank)
+        raise KeyError("one after the other")
+
+    def hang(rank: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    signal_guard.PATIENCE_SECONDS, patience = 0.5, signal_guard.PATIENCE_SECONDS
+    rendezvous.SECONDS_TO_MEET, seconds = 2.0, rendezvous.SECONDS_TO_MEET
+    found = Results()
+    for name, callback in (
+        ("SIGINT", Acts("on_before_optimizer_step", 1, send_to_first)),
+        ("error", Acts("on_after_backward", 2, fail)),
+        ("hanging", Acts("on_train_batch_start", 2, hang)),
+        ("apart", Acts("on_train_batch_start", 2, fail_apart)),
+    ):
+        run, module, status = folder / "interrupted" / name, remax(folder, optimizer=adam), None
+        saves = Checkpoint(str(run / "checkpoints"), every_n_train_steps=5)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                trainer(run, world, 4, [callback, saves]).fit(module, datamodule=prompts(folder, world))
+            except SystemExit as end:
+                status = end.code
+            except KeyError:
+                status = "error"
+        dist.barrier()
+        found[name] = {
+            "status": status,
+            "weights": weights(module),
+            "files": names(run / "checkpoints"),
+            "told": [str(each.message) for each in told if "could not be saved" in str(each.message)],
+        }
+    signal_guard.PATIENCE_SECONDS, rendezvous.SECONDS_TO_MEET = patience, seconds
+    return found
 
 
 def evaluated_last(folder: Path, world: int) -> Results:
@@ -731,7 +792,7 @@ def ppo(folder: Path, world: int) -> Results:
     return sibling(PPO, folder, world, num_epochs=2, lora=LoRA(rank=4))
 
 
-FAULTS = (evaluated_last, failing_saves, agreed_rewards, in_background, background_error, awaited)
+FAULTS = (evaluated_last, failing_saves, agreed_rewards, in_background, background_error, awaited, interrupted)
 BOTH = (
     full,
     lora,
@@ -764,6 +825,7 @@ def main(folder: Path) -> None:
     found["resumed_from_one"] = resumed(folder, 2, folder / "saving1" / "checkpoints" / "step=3.ckpt")
     for name in ("killed", "saved_during_a_step"):
         found[name] = from_background(folder, 2, name)
+    found["from_error"] = from_background(folder, 2, "interrupted/error/checkpoints")
     found["verifying"] = verifying(folder, 2)
     torch.save(found, folder / f"result{dist.get_rank()}.pt")
 

@@ -226,6 +226,35 @@ def test_training_goes_on_during_a_save(folder: Path, two: list[dict[str, Any]])
         assert math.isfinite(manifest.scores["val/reward"])
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 1), ("error", "error"), ("hanging", 143)])
+def test_processes_that_end_together_save_together(
+    name: str, status: object, folder: Path, two: list[dict[str, Any]]
+) -> None:
+    """A signal to one of them waits for the end of the step; in both, it and an error may come at any moment."""
+    for found in (each["interrupted"][name] for each in two):
+        assert found["status"] == status
+        assert found["files"] == ["step=2.ckpt", "step=2.ckpt.json"]
+        assert found["told"] == []
+    saved = read_checkpoint(folder / "interrupted" / name / "checkpoints" / "step=2.ckpt")["state_dict"]
+    for key, value in two[0]["interrupted"][name]["weights"].items():
+        assert torch.equal(saved[f"policy.{key}"], value), key
+
+
+def test_what_they_saved_together_is_resumed_bitwise(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert tiny.are_equal(found["from_error"]["weights"], found["in_background"]["weights"])
+        assert len(found["from_error"]["steps"]) == 2
+
+
+def test_what_is_lost_is_said_where_not_all_processes_come(two: list[dict[str, Any]]) -> None:
+    first, second = (each["interrupted"]["apart"] for each in two)
+    assert first["status"] == second["status"] == "error"
+    assert first["files"] == second["files"] == []
+    (message,) = first["told"]
+    assert "ranks can only save together, and not all of them have come" in message
+    assert message.endswith("there is no checkpoint")
+
+
 @pytest.mark.parametrize("name", ["killed", "saved_during_a_step"])
 def test_what_a_save_in_the_background_left_is_resumed_bitwise(name: str, two: list[dict[str, Any]]) -> None:
     """From what a kill during the second save leaves, and from the second save, which ended after the third step."""
@@ -241,10 +270,10 @@ def test_an_error_in_the_background_is_raised_by_the_next_save(two: list[dict[st
         assert found["files"] == []
 
 
-@pytest.mark.parametrize("name", ["terminated", "raised", "ended"])
-def test_a_save_in_the_background_is_awaited(name: str, two: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("name", "steps"), [("terminated", [2]), ("raised", [2, 3]), ("ended", [2])])
+def test_a_save_in_the_background_is_awaited(name: str, steps: list[int], two: list[dict[str, Any]]) -> None:
     for found in (each["awaited"] for each in two):
-        assert found[name] == ["step=2.ckpt", "step=2.ckpt.json"]
+        assert found[name] == [f"step={step}.ckpt{suffix}" for step in steps for suffix in ("", ".json")]
 
 
 def test_rank_0_alone_verifies_and_all_ranks_read_the_same(two: list[dict[str, Any]]) -> None:

@@ -1,11 +1,11 @@
-"""SIGTERM at any moment of a run: the last finished step is saved, the exit status is 143, the rest can be resumed."""
+"""Signals and errors at any moment: the last finished step is saved, the exit status tells, the rest is resumed."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from remax_lightning import cli
 from remax_lightning.callbacks import Checkpoint
-from remax_lightning.callbacks.sigterm_guard import Terminated
+from remax_lightning.callbacks.signal_guard import Terminated
+from remax_lightning.modules import PPO
+from remax_lightning.rewards import FunctionReward
+from remax_lightning.rollout import Sampling
 
 STEPS = 4
 
@@ -39,13 +43,21 @@ class Signals(Callback):
             sigterm()
 
 
-def fit(policy: str, folder: Path, callback: Callback | None = None, *, patch: Any = None, **options: Any) -> Any:
+def fit(
+    policy: str,
+    folder: Path,
+    callback: Callback | None = None,
+    *,
+    patch: Any = None,
+    interval: int | None = None,
+    **options: Any,
+) -> Any:
     module = tiny.remax(policy, optimizer=tiny.adam())
     data = tiny.prompt_data(folder.parent, batch_size=2)
     data.validation = data.train
     if patch is not None:
         patch(module)
-    saver = Checkpoint(dirpath=str(folder))
+    saver = Checkpoint(dirpath=str(folder), every_n_train_steps=interval)
     trainer = tiny.trainer(
         folder.parent,
         STEPS,
@@ -211,6 +223,195 @@ def test_slurm_requeue_is_left_to_lightning(policy: str, tmp_path: Path, monkeyp
     again = tiny.trainer(tmp_path, STEPS)
     again.fit(resumed, datamodule=tiny.prompt_data(tmp_path, batch_size=2), ckpt_path=str(tmp_path / "hpc_ckpt_1.ckpt"))
     assert tiny.are_equal(tiny.weights(resumed.policy), tiny.weights(module.policy))
+
+
+# ------------------------------------------------------------------------------------- other signals, and errors
+
+
+class Act(Callback):
+    """Acts when a hook is reached in the batch after some steps, or there for the n-th time."""
+
+    def __init__(self, hook: str, step: int, act: Callable[[], None], count: int = 1) -> None:
+        self.step, self.act, self.count = step, act, count
+        setattr(self, hook, self.call)
+
+    def call(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step == self.step:
+            self.count -= 1
+            if self.count == 0:
+                self.act()
+
+
+def fail() -> None:
+    raise KeyError("in a callback")
+
+
+def send(signum: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signum)
+
+
+@contextmanager
+def ending(cause: int | None) -> Iterator[None]:
+    """A run that a signal ends, or None for an error."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.raises(KeyError if cause is None else SystemExit) as end:
+        yield
+    if cause is not None:
+        assert cli.status_of_signal(end.value) == 128 + cause
+    assert {signum: signal.getsignal(signum) for signum in before} == before
+
+
+CAUSES = {"error": None, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP, "SIGTERM": signal.SIGTERM}
+
+
+@pytest.mark.parametrize("cause", CAUSES.values(), ids=CAUSES.keys())
+@pytest.mark.parametrize(
+    ("hook", "step"), [("on_train_batch_end", 3), ("on_train_batch_start", 3), ("on_train_epoch_end", 4)]
+)
+def test_the_last_finished_step_is_saved(cause: int | None, hook: str, step: int, policy: str, tmp_path: Path) -> None:
+    """Also if the batch that took it has not ended."""
+    with ending(cause):
+        fit(policy, tmp_path / "run", Act(hook, step, fail if cause is None else send(cause)))
+    assert f"step={step}.ckpt" in saved(tmp_path / "run")
+    assert_resumes(policy, tmp_path / "run")
+
+
+PPO_STEPS = 12  # three batches of four updates: two passes over two minibatches
+
+
+def ppo(
+    policy: str, folder: Path, callback: Callback | None = None, steps: int = PPO_STEPS, **options: Any
+) -> tuple[Any, list[list[str]]]:
+    """A run of PPO; its policy and the prompts of each rollout."""
+    module = PPO(
+        policy=policy,
+        reward=FunctionReward("reward_functions.letter_values"),
+        sampling=Sampling(max_new_tokens=6),
+        num_epochs=2,
+        num_minibatches=2,
+        optimizer=tiny.adam(1e-3),
+        lr_schedule="constant",
+    )
+    collect, prompts = module.collect, []
+
+    def watched(batch: dict[str, Any]) -> Any:
+        prompts.append(batch["prompt"])
+        return collect(batch)
+
+    module.collect = watched  # type: ignore[method-assign]
+    saver = Checkpoint(dirpath=str(folder))
+    trainer = tiny.trainer(folder.parent, steps, [callback or Callback(), saver], enable_checkpointing=True)
+    rows = [{"prompt": prompt} for prompt in ("Go", "a", "What", "Sing", "no", "up")]
+    try:
+        trainer.fit(module, datamodule=tiny.prompt_data(folder.parent, rows, batch_size=2), **options)
+    finally:
+        assert not Path(f"{folder}.lock").exists()
+    return module.policy, prompts
+
+
+@pytest.mark.parametrize("cause", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_between_the_updates_of_a_batch_a_signal_waits(cause: int, policy: str, tmp_path: Path) -> None:
+    whole, _ = ppo(policy, tmp_path / "whole")
+    with ending(cause):
+        ppo(policy, tmp_path / "run", Act("on_before_optimizer_step", 6, send(cause)))
+    assert saved(tmp_path / "run") == {"step=8.ckpt"}
+    resumed, _ = ppo(policy, tmp_path / "run", ckpt_path="last")
+    assert tiny.are_equal(tiny.weights(resumed), tiny.weights(whole))
+
+
+@pytest.mark.parametrize("is_error", [True, False], ids=["error", "second SIGINT"])
+def test_between_the_updates_of_a_batch_an_error_leaves_out_the_others(
+    is_error: bool, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No update is lost or made twice, and the resumed run goes on with the batch after."""
+    monkeypatch.setattr("remax_lightning.callbacks.signal_guard.REPEATED_SECONDS", 0.0)
+
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    _, all_prompts = ppo(policy, tmp_path / "whole")
+    before: dict[str, Any] = {}
+
+    class Watch(Act):
+        """Acts in the backward pass of the third update of the second batch."""
+
+        def on_after_backward(self, trainer: Trainer, module: Any) -> None:
+            before.update(tiny.weights(module.policy))
+            self.call(trainer)
+
+    with ending(None if is_error else signal.SIGINT):
+        ppo(policy, tmp_path / "run", Watch("on_fit_start", 6, fail if is_error else twice))
+    assert saved(tmp_path / "run") == {"step=6.ckpt"}
+    checkpoint = torch.load(tmp_path / "run" / "step=6.ckpt", weights_only=True)
+    state = {name.removeprefix("policy."): value for name, value in checkpoint["state_dict"].items()}
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    assert {int(value["step"]) for value in checkpoint["optimizer_states"][0]["state"].values()} == {6}
+    assert checkpoint["lr_schedulers"][0]["last_epoch"] == 6
+    _, prompts = ppo(policy, tmp_path / "run", steps=10, ckpt_path="last")
+    assert prompts == all_prompts[2:]
+    newest = torch.load(tmp_path / "run" / "step=10.ckpt", weights_only=True)
+    assert {int(value["step"]) for value in newest["optimizer_states"][0]["state"].values()} == {10}
+
+
+def test_an_update_that_is_half_done_is_not_saved(policy: str, tmp_path: Path) -> None:
+    def patch(module: Any) -> None:
+        class Torn(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                with torch.enable_grad():
+                    closure()
+                self.param_groups[0]["params"][0].data.fill_(1.0)
+                if module.global_step == 2:
+                    raise KeyError
+
+        module.optimizer = lambda parameters: Torn(parameters, lr=0.01)
+
+    with (
+        pytest.warns(UserWarning, match=r"could not be saved: the update was interrupted half way; there is no"),
+        ending(None),
+    ):
+        fit(policy, tmp_path / "run", patch=patch, interval=9)
+    assert saved(tmp_path / "run") == set()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored(signum: int, policy: str, tmp_path: Path) -> None:
+    """As under nohup, or of a job in the background."""
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        fit(policy, tmp_path / "run", Act("on_train_batch_start", 3, send(signum)))
+    finally:
+        signal.signal(signum, before)
+    assert "step=4.ckpt" in saved(tmp_path / "run")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_in_an_evaluation(subcommand: str, signum: int, policy: str, tmp_path: Path) -> None:
+    ended: list[str] = []
+
+    class Count(Callback):
+        def on_exception(self, *args: object) -> None:
+            ended.append("exception")
+
+    act = Act(f"on_{'validation' if subcommand == 'validate' else subcommand}_batch_start", 0, send(signum), count=2)
+    callbacks = [Count(), act, Checkpoint(dirpath=str(tmp_path / "run"))]
+    data = tiny.prompt_data(tmp_path, batch_size=1)
+    data.validation = data.test = data.train
+    trainer = tiny.trainer(tmp_path, 1, callbacks, enable_checkpointing=True)
+    with ending(signum):
+        getattr(trainer, subcommand)(tiny.remax(policy), datamodule=data)
+    assert ended == ["exception"]
+
+
+def test_before_the_first_step(policy: str, tmp_path: Path) -> None:
+    """In the self-check, and while its batch is made ready; Lightning would take a step and exit with 0."""
+    for hook in ("on_train_start", "on_train_epoch_start"):
+        with ended():
+            fit(policy, tmp_path / "run", Signals(hook, 0))
+        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "run.lock").exists()
 
 
 def running(group: int) -> list[str]:
