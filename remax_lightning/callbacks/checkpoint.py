@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from remax_lightning.callbacks.checkpoint_store import CheckpointStore
 from remax_lightning.callbacks.loop_snapshot import LastState
 from remax_lightning.callbacks.rendezvous import Rendezvous
-from remax_lightning.callbacks.resume_check import check_configuration, check_trainer_settings, trainer_settings
+from remax_lightning.callbacks.resume_check import check_resumed, trainer_settings
 from remax_lightning.callbacks.run_lock import RunLock
 from remax_lightning.callbacks.signal_guard import Deferral, GuardedSignals, SignalGuard, end_children
 from remax_lightning.callbacks.snapshot_saver import SnapshotSaver, is_sharded
@@ -148,13 +148,9 @@ class Checkpoint(ModelCheckpoint):
         """Compare the configurations."""
         path = os.path.realpath(checkpoint["read_from"])
         self.store.resumed_from = self.saver.path = self.last_model_path = path
-        if trainer.state.fn != "fit":
-            return
-        assert isinstance(pl_module, TrainableModule)
-        old = checkpoint.get("configuration")
-        if old and self.configuration:
-            check_configuration(old, self.configuration)
-        check_trainer_settings(checkpoint.get("trainer_settings", {}), trainer_settings(trainer, pl_module.sharding))
+        if trainer.state.fn == "fit":
+            assert isinstance(pl_module, TrainableModule)
+            check_resumed(checkpoint, self.configuration, trainer_settings(trainer, pl_module.sharding))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with nothing to save. What another run has left in the folder stays, and is told of."""

@@ -23,6 +23,22 @@ CONSEQUENCES = {
 """What follows from a change of a trainer's setting."""
 
 
+def check_resumed(checkpoint: dict[str, Any], configuration: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Warn of what was different when a checkpoint was saved; of what it does not say, nothing is.
+
+    Args:
+        checkpoint: What was read.
+        configuration: That of this run, by full names; empty if it was not started by the command line.
+        settings: Those of this run's trainer.
+
+    Raises:
+        UnusableCheckpoint: If the class of the optimizer differs.
+    """
+    if configuration and (old := checkpoint.get("configuration")):
+        check_configuration(old, configuration)
+    check_trainer_settings(checkpoint.get("trainer_settings", {}), settings)
+
+
 def check_configuration(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Warn of each value that was different when the checkpoint was saved.
 

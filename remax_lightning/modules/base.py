@@ -134,8 +134,7 @@ class TrainableModule(LightningModule):
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.max_grad_norm, self.activation_checkpointing = max_grad_norm, activation_checkpointing
-        self.lora = lora
-        self.strict_loading = lora is None  # a checkpoint holds only what is trained
+        self.lora, self.strict_loading = lora, lora is None  # a checkpoint holds only what is trained
         self.register_state_dict_post_hook(leave_out_frozen)
         self.sharding: Sharding | None = None  # set by a strategy that shards models
         self.frozen: dict[str, dict[str, Any]] = {}  # samples of weights that no checkpoint holds, see weight_sample
