@@ -24,9 +24,10 @@ class Inject(Callback):
     """Strikes once, at a place; and notes each finished optimizer step in ``steps<rank>.log`` of the run's folder.
 
     Args:
-        at: The place: ``self_check``, ``rollout``, ``forward``, ``backward``, ``optimizer``, ``stepped``,
-            ``batch_end``, ``validation``, ``test``, ``save`` and ``saved`` (before and after a checkpoint gets its
-            name), ``export`` and ``exported``; or ``start``.
+        at: The place: ``self_check``, ``rollout``, ``forward``, ``backward``, ``optimizer``, ``stepped``
+            (within the optimizer's step, when it has changed the weights), ``batch_end``, ``validation``, ``test``,
+            ``save`` and ``saved`` (before and after a checkpoint gets its name), ``export`` and ``exported``; or
+            ``start``.
         action: What happens there.
         batch: The training batch of the places within one.
         rank: The process.

@@ -106,18 +106,25 @@ FAULTS = [
     *(stopped(22, "SIGINT in a save", 130, at, "sigint") for at in ("save", "saved")),
     stopped(22, "kill -9 in a save", -9, "save", "sigkill", lost=5),
     stopped(22, "kill -9 in a save", -9, "saved", "sigkill"),
-    stopped(23, "SIGTERM in the export", 143, "export", "sigterm"),
+    stopped(23, "SIGTERM in the export", -15, "export", "sigterm"),
     stopped(23, "SIGINT in the export", 130, "exported", "sigint"),
     stopped(23, "kill -9 in the export", -9, "export", "sigkill"),
     Fault(24, "SIGTERM in the self-check", injected(at="self_check", action="sigterm"), exit=143),
     stopped(25, "error", 1, "validation", "error"),
     stopped(25, "error", 1, "batch_end", "error", says=SAVED),
-    stopped(25, "error", 1, "stepped", "error", says=SAVED),
+    stopped(25, "error", 1, "stepped", "error", lost=4, says="interrupted half way"),
     stopped(32, "full disk", 1, "backward", "full_disk", lost=5, says="could not be written|File too large"),
     stopped(34, "read-only disk", 1, "backward", "read_only", lost=5, says="Read-only file system"),
     Fault(49, "clock back", {**injected(at="backward", action="clock_back"), "checkpoint.every_n_train_steps": 1}),
     Fault(52, "loss spike", injected(at="batch_end", action="triple_weights")),
-    Fault(53, "a weight becomes nan", {**injected(at="batch_end", action="nan_weight"), "trainer.max_steps": 20}, 1),
+    Fault(
+        53,
+        "a weight becomes nan",
+        {**injected(at="batch_end", action="nan_weight"), "trainer.max_steps": 20, "checkpoint.every_n_train_steps": 1},
+        exit=1,
+        says="not finite",
+        lost=2,
+    ),
     Fault(50, "lr 1e10", {"model.optimizer.lr": 1e10, "trainer.max_steps": 20}, exit=1),
     Fault(
         51,
@@ -225,7 +232,8 @@ def test_33_a_logger_that_cannot_write(world: World, clean: dict[str, torch.Tens
 
 def test_48_a_second_start_in_the_folder(world: World, clean: dict[str, torch.Tensor]) -> None:
     name = "shared_folder"
-    (first,) = world.start(name, rewarded("hangs"))
+    every_step = {"checkpoint.every_n_train_steps": 1}
+    (first,) = world.start(name, {**rewarded("hangs"), **every_step})
     wait_for((world.folder / name / "hangs").exists)
     kept = sorted(path.name for path in (world.folder / name / "checkpoints").iterdir())
     second = world.run(name, {})
