@@ -3,7 +3,7 @@
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
@@ -29,11 +29,10 @@ class Checkpoint(ModelCheckpoint):
     """Saves the state of training as ``step=N.ckpt``, with a manifest beside it that tells whether it is complete.
 
     The newest and the best are kept. When training ends by SIGINT (Ctrl-C), SIGTERM, SIGHUP or an error, at any moment,
-    the state after the last finished optimizer step is saved. A signal waits for the end of the batch once an optimizer
-    step of it is done, unless a second one comes. After that, or an error, between the optimizer steps of a batch the
-    other ones are left out: a resumed run takes the next batch. Under fsdp2, whose ranks can only save together, a
-    signal waits up to 15 seconds for the end of the batch; then, and after an error, the state is saved if all ranks
-    come together within 10 seconds. Weights that are not finite are never saved. Only one run can use the folder.
+    the state after the last finished optimizer step is saved; within a batch with its rollout, so that a resumed run
+    makes the batch's other updates. Under fsdp2, whose ranks can only save together, a signal waits up to 15 seconds
+    for the end of the batch; then, and after an error, the state is saved if all ranks come together within 10 seconds.
+    Weights that are not finite are never saved. While a run goes on, no other one can use the folder.
 
     Args:
         dirpath: Folder; the command line sets ``<trainer.default_root_dir>/checkpoints``.
@@ -128,6 +127,7 @@ class Checkpoint(ModelCheckpoint):
         trainer.strategy.checkpoint_io = self.saver.io = io
         trainer._signal_connector, self.state = GuardedSignals(trainer, self.guard), LastState()
         if stage == "fit":
+            pl_module.unfinished.load_state_dict(None)
             self.store.run, self.store.resumed_from = uuid.uuid4().hex, ""
             _take(self.lock, self.store, trainer, is_new_run=self.is_new_run)
             self.saver.path = self.last_model_path = ""
@@ -141,22 +141,25 @@ class Checkpoint(ModelCheckpoint):
         assert isinstance(pl_module, TrainableModule)
         checkpoint.update(fingerprint=fingerprint(pl_module), configuration=self.configuration)
         checkpoint["trainer_settings"] = trainer_settings(trainer, pl_module.sharding)
-        if not self.state.is_torn and (snapshot := self.state.newest(trainer)) is not None:
+        checkpoint["unfinished_batch"] = pl_module.unfinished.state_dict()
+        if not pl_module.unfinished.is_torn and (snapshot := self.state.newest(trainer)) is not None:
             snapshot.write_to(checkpoint, trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare the configurations."""
+        """Compare the configurations, and go on where the checkpoint was saved."""
         path = os.path.realpath(checkpoint["read_from"])
         self.store.resumed_from = self.saver.path = self.last_model_path = path
         if trainer.state.fn == "fit":
             assert isinstance(pl_module, TrainableModule)
+            pl_module.unfinished.load_state_dict(checkpoint.get("unfinished_batch"))
+            self.state.loaded = checkpoint.get("loops")
             check_resumed(checkpoint, self.configuration, trainer_settings(trainer, pl_module.sharding))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with nothing to save. What another run has left in the folder stays, and is told of."""
         _check_monitor(self.monitor, trainer)
         self.state.start(trainer)
-        self.saver.saved_batches = 0
+        self.saver.saved = (0, 0)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             remove_partial(self.store.folder)
             self.store.note_start()
@@ -166,12 +169,11 @@ class Checkpoint(ModelCheckpoint):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let nothing interrupt the update."""
         self.guard.defer(Deferral.ALWAYS)
-        self.state.is_torn = True
+        cast(TrainableModule, pl_module).unfinished.is_torn = True
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """The update is complete. Signals wait for the end of the batch, if they are not urgent."""
-        self.state.is_torn = False
-        self.guard.defer(Deferral.BATCH)
+        """The update is complete. Signals wait for the batch's end, unless a resumed run can make its other updates."""
+        self.guard.defer(Deferral.NONE if _can_go_on(cast(TrainableModule, pl_module)) else Deferral.BATCH)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Capture the state, and save it when it is time."""
@@ -212,8 +214,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the state after the last finished optimizer step, if it is not saved yet."""
-        self.guard.defer(Deferral.ALWAYS)
-        self.guard.blame(exception)
+        self.guard.end(exception)
         self.saver.save_after_error(trainer, self.state, exception)
         if isinstance(exception, TooManySkippedSteps):
             exception.checkpoint = self.store.before(trainer.global_step)
@@ -224,6 +225,11 @@ class Checkpoint(ModelCheckpoint):
         self.last_model_path = self._last_checkpoint_saved = path
         for logger in trainer.loggers:
             logger.after_save_checkpoint(proxy(self))
+
+
+def _can_go_on(module: TrainableModule) -> bool:
+    """Whether a run that is resumed now could make the other updates of the batch."""
+    return module.unfinished.can_wait(module.updates_per_batch)
 
 
 def _saves_alone(trainer: Trainer) -> bool:

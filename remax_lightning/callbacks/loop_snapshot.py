@@ -7,9 +7,11 @@ the step ends.
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
+
+from remax_lightning.modules.base import TrainableModule
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class LoopSnapshot:
 
     @classmethod
     def capture(cls, trainer: Trainer) -> "LoopSnapshot":
-        """The state at the end of the training batch that is running.
+        """The state at the end of the training batch that is running, or as if it had ended.
 
-        Within the batch, the rest of it counts as done: updates that were still to be made are left out.
+        Updates of the batch that were still to be made are left out then.
         """
         epoch_loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
@@ -59,6 +61,13 @@ class LoopSnapshot:
     def validated(self, scores: dict[str, float]) -> "LoopSnapshot":
         """The state after the validation."""
         return replace(self, validation_due=False, scores=scores)
+
+    def with_steps(self, trainer: Trainer) -> "LoopSnapshot":
+        """The same position with the optimizer steps taken since, from where the next batch is finished."""
+        loops = deepcopy(self.loops)
+        progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.state_dict()
+        loops["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"] = progress
+        return replace(self, loops=loops, step=trainer.global_step, scores={})
 
     def write_to(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Replace the loops' current state in a checkpoint by this one."""
@@ -89,15 +98,19 @@ class LastState:
     """
 
     def __init__(self) -> None:
+        self.loaded: dict[str, Any] | None = None  # the loops' state that the fit was resumed from
+        self.beginning: LoopSnapshot | None = None
         self.snapshot: LoopSnapshot | None = None  # of the last finished batch
         self.step = self.batches = 0  # of the snapshot, or of the start
         self.is_training = False
-        self.is_torn = False  # an update is half done
 
     def start(self, trainer: Trainer) -> None:
         """Begin with nothing to save, when training starts."""
-        self.snapshot, self.is_training, self.is_torn = None, True, False
+        self.snapshot, self.is_training = None, True
         self.step, self.batches = trainer.global_step, _batches(trainer)["ready"]
+        loops = self.loaded or deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+        data = {} if trainer.datamodule is None else trainer.datamodule.state_dict()  # type: ignore[attr-defined]
+        self.beginning = LoopSnapshot(loops, data, self.batches, trainer.current_epoch, self.step, False)
         clear_restarting_flag(trainer)
 
     def capture(self, trainer: Trainer) -> LoopSnapshot:
@@ -116,11 +129,16 @@ class LastState:
 
         While an update is half done that state is lost, and this still tells which one it was.
         """
-        batches = _batches(trainer)
-        if not self.is_training or self.is_torn or batches["ready"] == self.batches:
+        batches, module = _batches(trainer), cast(TrainableModule, trainer.lightning_module)
+        if not self.is_training or module.unfinished.is_torn or batches["ready"] == self.batches:
             return self.snapshot
-        has_changed = trainer.global_step > self.step or batches["processed"] == batches["ready"]
-        return LoopSnapshot.capture(trainer) if has_changed else self.snapshot
+        has_stepped = trainer.global_step > self.step
+        finished = self.snapshot or self.beginning
+        if has_stepped and finished is not None and module.unfinished.can_resume:
+            return finished.with_steps(trainer)
+        return (
+            LoopSnapshot.capture(trainer) if has_stepped or batches["processed"] == batches["ready"] else self.snapshot
+        )
 
 
 def _batches(trainer: Trainer) -> dict[str, int]:

@@ -45,7 +45,7 @@ class Deferral(IntEnum):
     """What a signal has to wait for."""
 
     NONE = 0
-    BATCH = 1  # the end of the batch, unless it is urgent: some of the batch's optimizer steps are done
+    BATCH = 1  # the end of the batch, unless it is urgent: what follows from its optimizer step is not done yet
     ALWAYS = 2  # an update or a save that is half done
 
 
@@ -138,8 +138,12 @@ class SignalGuard:
         self.stop()
         raise _interruption(signum)
 
-    def blame(self, error: BaseException) -> None:
-        """Make a signal that has come the cause of an error: ranks that do not get to its end lose the others."""
+    def end(self, error: BaseException) -> None:
+        """Let nothing interrupt what follows an error.
+
+        If a signal has come, it is the cause of the error: a rank that waits for the end of a step loses the others.
+        """
+        self.stop()
         if self.signum and not isinstance(error, Terminated | KeyboardInterrupt):
             error.__cause__ = _interruption(self.signum)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -13,6 +14,7 @@ from remax_lightning.callbacks.loop_snapshot import LastState, LoopSnapshot
 from remax_lightning.callbacks.rendezvous import Claim, Rendezvous
 from remax_lightning.checkpoints.manifest import add_scores, unused_path
 from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO, SaveOptions
+from remax_lightning.modules.base import TrainableModule
 
 
 class SnapshotSaver:
@@ -35,7 +37,7 @@ class SnapshotSaver:
         self.store, self.weights_only, self.in_background, self.on_saved = store, weights_only, in_background, on_saved
         self.io = SafeCheckpointIO()
         self.path = ""  # on rank 0: the newest save, or the checkpoint that the run was resumed from
-        self.saved_batches = 0
+        self.saved = (0, 0)  # batches and optimizer steps of the newest save
         self.rendezvous: Rendezvous | None = None  # of ranks that can only save together
         self.late_scores: dict[str, float] = {}  # of the checkpoint that is being written in the background
 
@@ -43,7 +45,7 @@ class SnapshotSaver:
         """Whether there is something to save; before the first optimizer step there is not."""
         if snapshot is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return False
-        return snapshot.step > 0 and snapshot.batches != self.saved_batches
+        return snapshot.step > 0 and (snapshot.batches, snapshot.step) != self.saved
 
     def save(self, trainer: Trainer, snapshot: LoopSnapshot | None, *, alone: bool = False) -> None:
         """Save a snapshot, unless that is done; collective unless alone.
@@ -64,7 +66,7 @@ class SnapshotSaver:
             trainer.strategy.save_checkpoint(checkpoint, path, storage_options=options)
         if not alone:
             trainer.strategy.barrier()
-        self.path, self.saved_batches = path, snapshot.batches
+        self.path, self.saved = path, (snapshot.batches, snapshot.step)
         if not self.in_background:
             self._complete(trainer)
 
@@ -75,9 +77,10 @@ class SnapshotSaver:
             snapshot = state.newest(trainer)
             if snapshot is None or not self.is_unsaved(trainer, snapshot):
                 return
+            is_torn = cast(TrainableModule, trainer.lightning_module).unfinished.is_torn
             if self.rendezvous is not None:
-                self._save_together(trainer, snapshot, self.rendezvous, is_torn=state.is_torn)
-            elif state.is_torn:
+                self._save_together(trainer, snapshot, self.rendezvous, is_torn=is_torn)
+            elif is_torn:
                 raise RuntimeError("the update was interrupted half way")
             else:  # by rank 0, if it can: the others may be anywhere
                 self.save(trainer, snapshot, alone=True)
@@ -99,7 +102,7 @@ class SnapshotSaver:
             )
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.weights_only)
         self.io.save_sharded(checkpoint, path, SaveOptions(self.store.run, snapshot.scores, group=rendezvous.group))
-        self.path, self.saved_batches = path, snapshot.batches
+        self.path, self.saved = path, (snapshot.batches, snapshot.step)
         self._complete(trainer)
 
     def _check_weights(self, trainer: Trainer, snapshot: LoopSnapshot, *, alone: bool) -> None:

@@ -34,6 +34,7 @@ from remax_lightning.modules.hyperparameters import as_plain, constructor_argume
 from remax_lightning.modules.means import Means
 from remax_lightning.modules.optimizers import LearningRateSchedule, configured_schedule, parameter_groups
 from remax_lightning.modules.timing import PhaseTimer
+from remax_lightning.modules.unfinished_batch import UnfinishedBatch
 from remax_lightning.supported import check_supported
 
 ModuleType = TypeVar("ModuleType", bound="TrainableModule")
@@ -127,20 +128,19 @@ class TrainableModule(LightningModule):
         super().__init__()
         check_arguments(warmup_fraction, micro_batch_size, micro_batch_tokens, max_grad_norm)
         self.save_hyperparameters(as_plain(constructor_arguments(inspect.currentframe())))
-        self.automatic_optimization = False
         self.source = ModelSource.of(source)
         self.tokenizer = self.source.load_tokenizer()
-        self.optimizer = optimizer
+        self.optimizer, self.lora = optimizer, lora
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.max_grad_norm, self.activation_checkpointing = max_grad_norm, activation_checkpointing
-        self.lora, self.strict_loading = lora, lora is None  # a checkpoint holds only what is trained
+        self.automatic_optimization, self.strict_loading = False, lora is None  # of a checkpoint: only what is trained
         self.register_state_dict_post_hook(leave_out_frozen)
         self.sharding: Sharding | None = None  # set by a strategy that shards models
         self.frozen: dict[str, dict[str, Any]] = {}  # samples of weights that no checkpoint holds, see weight_sample
         self.skipped_steps = SkippedSteps()
-        self.timer = PhaseTimer()
-        self.train_means, self.eval_means = Means(), Means()
+        self.unfinished = UnfinishedBatch()
+        self.timer, self.train_means, self.eval_means = PhaseTimer(), Means(), Means()
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -219,6 +219,8 @@ class TrainableModule(LightningModule):
             TooManySkippedSteps: After ten skipped steps in a row.
             TypeError: If ``losses`` yields something else.
         """
+        if self.unfinished.skips():
+            return
         optimizer = cast(Optimizer, self.optimizers())
         models = list(self.trained_models.values())
         accumulation = GradientAccumulation(models, self.manual_backward, self.trainer.strategy, self.sharding)
@@ -229,8 +231,7 @@ class TrainableModule(LightningModule):
         metrics |= {f"{name}grad_norm": norm for name, norm in norms.items()}
         metrics["steps_skipped"] = torch.tensor(float(not is_usable), device=self.device)
         metrics["learning_rate"] = torch.tensor(float(optimizer.param_groups[0]["lr"]), device=self.device)
-        for name, values in metrics.items():
-            self.train_means.add(name, values)
+        self.train_means.add_all(metrics)
         if is_usable:
             optimizer.step()
             self.lr_schedulers().step()  # type: ignore[union-attr]
@@ -285,6 +286,7 @@ class TrainableModule(LightningModule):
 
 def call_before_zero_grad(module: TrainableModule, optimizer: Optimizer) -> None:
     """Tell the callbacks that an update is complete, or skipped; Lightning leaves this hook to manual optimization."""
+    module.unfinished.end_update()
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         callback.on_before_zero_grad(module.trainer, module, optimizer)
 

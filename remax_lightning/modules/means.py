@@ -1,5 +1,7 @@
 """Named means over rows or tokens, of all batches and ranks."""
 
+from collections.abc import Mapping
+
 import torch.distributed as dist
 from torch import Tensor, device
 from torchmetrics.aggregation import MeanMetric
@@ -15,6 +17,11 @@ class Means:
         """Add values, or those where the mask is True; NaN is left out."""
         chosen = values if mask is None else values[mask]
         self._metric(name, values.device).update(chosen.detach().float())
+
+    def add_all(self, values: Mapping[str, Tensor]) -> None:
+        """Add values by name."""
+        for name, each in values.items():
+            self.add(name, each)
 
     def compute(self, on: device) -> dict[str, Tensor]:
         """The means over all ranks, in the order of the names; collective.

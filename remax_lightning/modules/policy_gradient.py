@@ -148,9 +148,8 @@ class PolicyGradientModule(TrainableModule):
         start = time.perf_counter()
         num_responses = len(batch["prompt_index"]) * self.sampling.num_samples * self.trainer.world_size
         self.kl_controller.check(num_responses)
-        rollout = checked_rollout(self.collect(batch))
-        for name, values in self.metrics(rollout).items():
-            self.train_means.add(name, values)
+        rollout = begun_rollout(self, batch)
+        self.train_means.add_all(self.metrics(rollout))
         self.skipped_steps.remedy = remedy(rollout)
         rollout = without_unscored_rows(rollout)
         advantages = checked_advantages(self.advantages(rollout), rollout)
@@ -162,6 +161,7 @@ class PolicyGradientModule(TrainableModule):
         if self.kl_coef > 0:
             self.train_means.add("kl_coef", torch.tensor(self.kl_controller.weight, device=self.device))
         self.end_step(self.log_training(progress=("reward", "kl")), num_responses)
+        self.unfinished.end()
 
     def collect(self, batch: dict[str, Any]) -> Rollout:
         """Responses to a batch of prompts with rewards, baselines and what else the advantages need."""
@@ -291,6 +291,16 @@ def check_samples(method: str, sampling: Sampling, least: int) -> None:
             f"{method} compares the responses to a prompt; model.sampling.num_samples must be at least {least}, got "
             f"{sampling.num_samples}"
         )
+
+
+def begun_rollout(module: PolicyGradientModule, batch: dict[str, Any]) -> Rollout:
+    """The rollout to learn from: a new one, or that of a batch which a resumed run has to finish."""
+    trainer, step = module.trainer, module.global_step
+
+    def collect() -> Rollout:
+        return checked_rollout(module.collect(batch))
+
+    return module.unfinished.begin(collect, step, trainer.global_rank, trainer.world_size, module.device)
 
 
 def checked_rollout(rollout: object) -> Rollout:

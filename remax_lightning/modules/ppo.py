@@ -204,7 +204,7 @@ class PPO(PolicyGradientModule):
         if self.normalize_advantages:
             moments = self.sum_over_ranks(masked_moments(advantages, mask))
             advantages = normalized(advantages, mask, moments)
-        step = self.global_step
+        step = self.unfinished.step
         for epoch in range(self.num_epochs):
             for index in minibatches(len(mask), self.num_minibatches, self.responder.seed, step, epoch):
                 rows = rollout.rows(index.to(self.device))

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from remax_lightning import cli
 from remax_lightning.callbacks import Checkpoint
 from remax_lightning.callbacks.signal_guard import Terminated
-from remax_lightning.modules import PPO
+from remax_lightning.modules import PPO, Reinforce
 from remax_lightning.rewards import FunctionReward
 from remax_lightning.rollout import Sampling
 
@@ -309,21 +309,82 @@ def ppo(
     return module.policy, prompts
 
 
-@pytest.mark.parametrize("cause", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_between_the_updates_of_a_batch_a_signal_waits(cause: int, policy: str, tmp_path: Path) -> None:
-    whole, _ = ppo(policy, tmp_path / "whole")
+UPDATES = {"first batch": 1, "before a batch's last": 7, "after a batch's last": 8, "last batch": 10}
+
+
+@pytest.mark.parametrize("cause", [None, signal.SIGINT, signal.SIGTERM], ids=["error", "SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("updates", UPDATES.values(), ids=UPDATES.keys())
+def test_between_the_updates_of_a_batch(cause: int | None, updates: int, policy: str, tmp_path: Path) -> None:
+    """The rollout is saved, too, and a resumed run makes the other updates."""
+    whole, all_prompts = ppo(policy, tmp_path / "whole")
+
+    class Update(Act):
+        def on_before_zero_grad(self, trainer: Trainer, *args: object) -> None:
+            self.call(trainer)
+
+    act = Update("on_fit_start", updates, fail if cause is None else send(cause))
     with ending(cause):
-        ppo(policy, tmp_path / "run", Act("on_before_optimizer_step", 6, send(cause)))
-    assert saved(tmp_path / "run") == {"step=8.ckpt"}
+        ppo(policy, tmp_path / "run", act)
+    assert saved(tmp_path / "run") == {f"step={updates}.ckpt"}
+    checkpoint = torch.load(tmp_path / "run" / f"step={updates}.ckpt", weights_only=True)
+    assert {int(value["step"]) for value in checkpoint["optimizer_states"][0]["state"].values()} == {updates}
+    assert (checkpoint["unfinished_batch"] is None) == (updates == 8 and cause is not None)
+    resumed, prompts = ppo(policy, tmp_path / "run", ckpt_path="last")
+    assert prompts == all_prompts[-(-updates // 4) :]
+    assert tiny.are_equal(tiny.weights(resumed), tiny.weights(whole))
+
+
+def test_between_the_updates_of_a_batch_again_and_again(policy: str, tmp_path: Path) -> None:
+    whole, _ = ppo(policy, tmp_path / "whole")
+    for updates in (2, 3, 6, 7, 9):
+        with pytest.raises(KeyError):
+            ppo(policy, tmp_path / "run", Act("on_after_backward", updates, fail), ckpt_path="last")
+        assert f"step={updates}.ckpt" in saved(tmp_path / "run")
     resumed, _ = ppo(policy, tmp_path / "run", ckpt_path="last")
     assert tiny.are_equal(tiny.weights(resumed), tiny.weights(whole))
 
 
-@pytest.mark.parametrize("is_error", [True, False], ids=["error", "second SIGINT"])
-def test_between_the_updates_of_a_batch_an_error_leaves_out_the_others(
-    is_error: bool, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_steers_by_a_batch_does_it_once(policy: str, tmp_path: Path) -> None:
+    """After an error between the update and what follows from it: the moving average of the rewards."""
+
+    def run(folder: Path, step: int | None = None, **options: Any) -> Any:
+        module = Reinforce(
+            policy=policy,
+            reward=FunctionReward("reward_functions.letter_values"),
+            sampling=Sampling(max_new_tokens=6),
+            kl_coef=0.0,
+            optimizer=tiny.adam(1e-3),
+        )
+        end_step = module.end_step
+
+        def end(*args: Any) -> None:
+            if module.global_step == step:
+                fail()
+            end_step(*args)
+
+        module.end_step = end  # type: ignore[method-assign]
+        trainer = tiny.trainer(tmp_path, 4, [Checkpoint(dirpath=str(folder))], enable_checkpointing=True)
+        trainer.fit(module, datamodule=tiny.prompt_data(tmp_path, batch_size=2), **options)
+        return module
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyError):
+        run(tmp_path / "run", 3)
+    assert "step=3.ckpt" in saved(tmp_path / "run")
+    resumed = run(tmp_path / "run", ckpt_path="last")
+    assert torch.equal(resumed.moving_average, whole.moving_average)
+    assert tiny.are_equal(tiny.weights(resumed.policy), tiny.weights(whole.policy))
+
+
+@pytest.mark.parametrize("cause", [None, signal.SIGINT], ids=["error", "second SIGINT"])
+def test_a_rollout_that_cannot_be_saved(
+    cause: int | None, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No update is lost or made twice, and the resumed run goes on with the batch after."""
+    """A signal waits for the end of the batch; after an error or a second one, a resumed run takes the next batch.
+
+    No update is lost or made twice.
+    """
+    monkeypatch.setattr("remax_lightning.modules.unfinished_batch._as_plain", lambda rollout: None)
     monkeypatch.setattr("remax_lightning.callbacks.signal_guard.REPEATED_SECONDS", 0.0)
 
     def twice() -> None:
@@ -341,8 +402,11 @@ def test_between_the_updates_of_a_batch_an_error_leaves_out_the_others(
             before.update(tiny.weights(module.policy))
             self.call(trainer)
 
-    with ending(None if is_error else signal.SIGINT):
-        ppo(policy, tmp_path / "run", Watch("on_fit_start", 6, fail if is_error else twice))
+    with ending(signal.SIGTERM):
+        ppo(policy, tmp_path / "other", Act("on_before_optimizer_step", 6, send(signal.SIGTERM)))
+    assert saved(tmp_path / "other") == {"step=8.ckpt"}
+    with ending(cause):
+        ppo(policy, tmp_path / "run", Watch("on_fit_start", 6, fail if cause is None else twice))
     assert saved(tmp_path / "run") == {"step=6.ckpt"}
     checkpoint = torch.load(tmp_path / "run" / "step=6.ckpt", weights_only=True)
     state = {name.removeprefix("policy."): value for name, value in checkpoint["state_dict"].items()}

@@ -103,12 +103,12 @@ def test_31_they_do_not_agree(what: str, world: World) -> None:
     assert outcome.steps == 0
 
 
-def test_27_one_of_them_never_comes(world: World) -> None:
-    """The other waits for it for as long as it is told."""
-    first, second = world.start("alone", {}, processes=2)
-    second.kill()
-    second.join()
-    outcome = world.finish("alone", [first], seconds=45)
+def test_27_one_of_them_ends_before_they_have_met(world: World) -> None:
+    processes = world.start("alone", {"trainer.callbacks": []}, processes=2, environment={"PYTHONUNBUFFERED": "1"})
+    log = world.folder / "alone" / "log1.txt"
+    wait_for(lambda: log.exists() and "Seed set" in log.read_text(encoding="utf-8"))
+    os.kill(processes[1].pid or 0, signal.SIGKILL)
+    outcome = world.finish("alone", processes, seconds=45)
     assert outcome.exit not in (0, None), outcome.output
 
 
