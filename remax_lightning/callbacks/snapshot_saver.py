@@ -9,11 +9,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from remax_lightning.callbacks.checkpoint_store import CheckpointStore
-from remax_lightning.callbacks.finite_weights import NonFiniteWeights, non_finite
+from remax_lightning.callbacks.finite_weights import NonFiniteWeights
 from remax_lightning.callbacks.loop_snapshot import LastState, LoopSnapshot
 from remax_lightning.callbacks.rendezvous import Claim, Rendezvous
 from remax_lightning.checkpoints.manifest import add_scores, unused_path
 from remax_lightning.checkpoints.safe_checkpoint_io import SafeCheckpointIO, SaveOptions
+from remax_lightning.models.finite import non_finite_trained
 from remax_lightning.modules.base import TrainableModule
 
 
@@ -93,7 +94,7 @@ class SnapshotSaver:
     def _save_together(
         self, trainer: Trainer, snapshot: LoopSnapshot, rendezvous: Rendezvous, *, is_torn: bool
     ) -> None:
-        is_complete = not is_torn and non_finite(trainer.lightning_module) is None
+        is_complete = not is_torn and not non_finite_trained(trainer.lightning_module)
         claim = Claim(snapshot.batches, snapshot.step, is_complete and is_sharded(trainer.strategy))
         path = rendezvous.meet(claim, str(unused_path(self.store.folder, snapshot.step)))
         if path is None:
@@ -106,9 +107,9 @@ class SnapshotSaver:
         self._complete(trainer)
 
     def _check_weights(self, trainer: Trainer, snapshot: LoopSnapshot, *, alone: bool) -> None:
-        name = non_finite(trainer.lightning_module)
-        if not (name is None if alone else trainer.strategy.reduce_boolean_decision(name is None, all=True)):
-            raise NonFiniteWeights(name or "one of another rank's", snapshot.step, self.store.newest())
+        names = non_finite_trained(trainer.lightning_module)
+        if not (not names if alone else trainer.strategy.reduce_boolean_decision(not names, all=True)):
+            raise NonFiniteWeights(names or "some of another rank's", snapshot.step, self.store.newest())
 
     def finish(self, trainer: Trainer) -> None:
         """Wait for the save in the background.

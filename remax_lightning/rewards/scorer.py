@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remax_lightning.models.visible_text import visible
 from remax_lightning.rewards.base import Reward
 from remax_lightning.rewards.failures import FailureLog
 from remax_lightning.rewards.function import FunctionReward
@@ -126,6 +127,5 @@ class Scorer:
 
 
 def described(error: Exception) -> str:
-    """Type and first line of an error; without control characters, which a response may have brought into it."""
-    line = next(iter(str(error).splitlines()), "")[:300]
-    return f"{type(error).__name__}: {''.join(letter if letter.isprintable() else '?' for letter in line)}"
+    """Type and first line of an error, its control characters, which a response may have brought along, written out."""
+    return visible(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}")
