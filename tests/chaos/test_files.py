@@ -347,7 +347,15 @@ DATA: dict[str, tuple[bytes, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.xfail(name == "nested", strict=True, reason="the datasets library ends the process")
+        )
+        for name in DATA
+    ],
+)
 def test_43_and_44_a_file_of_rows(name: str, world: World) -> None:
     content, exit, says = DATA[name]
     folder = world.folder / f"data_{name}"
