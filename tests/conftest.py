@@ -18,6 +18,10 @@ import torch
 from jitter import Jitter
 
 
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "REMAX_LIGHTNING_LAUNCHER")
+"""Environment variables of one of several processes, which a run inside of a test leaves behind."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="random kills of each case of tests/chaos")
     parser.addoption("--jitter", action="store_true", help="last bits of matrix products depend on row and shape")
@@ -34,7 +38,8 @@ def jittered(request: pytest.FixtureRequest) -> Iterator[None]:
 def seeded() -> None:
     """Each test starts with the same random state, whatever ran before; ``seed_everything`` leaves its seed behind."""
     torch.manual_seed(0)
-    os.environ.pop("PL_GLOBAL_SEED", None)
+    for name in ("PL_GLOBAL_SEED", *RANKS):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -718,7 +718,9 @@ def refused(folder: Path, world: int) -> Results:
     other = Digested(train=str(folder / "prompts.jsonl"), batch_size=1)
     other.digest = f"rows{dist.get_rank()}"
     for name, rate, data in (("settings", dist.get_rank() / 4, prompts(folder, world)), ("rows", 0.0, other)):
-        agreement = RankAgreement({"model.init_args.kl_coef": rate, "data.init_args.train": f"/of/{dist.get_rank()}"})
+        agreement = RankAgreement(
+            {"model.init_args.kl_coef": rate, "data.init_args.train": f"/of/{dist.get_rank()}"}, data
+        )
         try:
             trainer(folder, world, callbacks=[agreement]).fit(remax(folder), datamodule=data)
         except ValueError as error:
