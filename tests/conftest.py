@@ -17,7 +17,6 @@ import tiny
 import torch
 from jitter import Jitter
 
-
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "REMAX_LIGHTNING_LAUNCHER")
 """Environment variables of one of several processes, which a run inside of a test leaves behind."""
 
