@@ -4,6 +4,7 @@ The models are saved once for the whole run: a test that writes into such a fold
 """
 
 import os
+import sys
 
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # datasets tells the hub of each local file that it reads, and waits
 
@@ -39,6 +40,7 @@ def seeded() -> None:
     torch.manual_seed(0)
     for name in ("PL_GLOBAL_SEED", *RANKS):
         os.environ.pop(name, None)
+    sys.modules.pop("my_rewards", None)  # the documents' name for a module of the reader's own
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "class path": ((*FIT, "--model", "nowhere.Model"), "model cannot be nowhere.Model: No module named 'nowhere'"),
     "reward's class": (
         ("fit", "--config", "rewardless.yaml", "--model.reward.path", "policy"),
-        "model.reward needs its class before its arguments: --model.reward CLASS, one of FunctionReward, ",
+        "model.reward needs its class before its arguments: --model.reward CLASS, one of FunctionReward, ModelReward",
     ),
     "no reward": (
         ("fit", "--config", "rewardless.yaml"),

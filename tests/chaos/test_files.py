@@ -68,10 +68,6 @@ def copied(world: World, half: Path, request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def newest(folder: Path) -> Path:
     return folder / "checkpoints" / "step=6.ckpt"
 
@@ -107,7 +103,7 @@ def test_36_the_newest_is_damaged(
     outcome = resume(world, copied)
     assert outcome.exit == 0, outcome.output
     assert "step=6.ckpt is skipped" in outcome.output
-    assert are_equal(outcome.weights(), clean)
+    assert tiny.are_equal(outcome.weights(), clean)
 
 
 def test_37_the_newest_has_no_manifest(world: World, copied: Path, clean: dict[str, torch.Tensor]) -> None:
@@ -116,7 +112,7 @@ def test_37_the_newest_has_no_manifest(world: World, copied: Path, clean: dict[s
     assert outcome.exit == 0, outcome.output
     assert "step=6.ckpt" in outcome.output
     assert "manifest" in outcome.output
-    assert are_equal(outcome.weights(), clean)
+    assert tiny.are_equal(outcome.weights(), clean)
 
 
 def test_38_all_are_damaged(world: World, copied: Path) -> None:
@@ -149,7 +145,6 @@ def test_40_a_folder_whose_description_runs_a_command(command: str, world: World
     path = world.folder / f"{name}.ckpt"
     path.mkdir()
     # what pickle.dumps would not write: a dotted name of an admitted module
-    name_of = b"ctorch.distributed.checkpoint.filesystem\nos.system\n"
     dotted = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x94\x8c\x09os.system\x94\x93\x94"
     call = b"\x8c" + bytes([len(COMMAND)]) + COMMAND.encode() + b"\x94\x85\x94R\x94."
     (path / ".metadata").write_bytes(dotted + call)
@@ -158,7 +153,6 @@ def test_40_a_folder_whose_description_runs_a_command(command: str, world: World
     outcome = world.run(name, {}, *arguments, command=command)
     assert outcome.exit == 1, outcome.output
     assert not (outcome.folder / CANARY).exists()
-    assert name_of  # the older protocol resolves no dots
 
 
 def test_45_the_data_have_changed(world: World, copied: Path) -> None:
@@ -166,9 +160,7 @@ def test_45_the_data_have_changed(world: World, copied: Path) -> None:
     other = tiny.write_rows(world.folder / "reversed.jsonl", rows[::-1])
     outcome = resume(world, copied, {"data.train": other})
     assert outcome.exit == 0, outcome.output
-    assert "data" in outcome.output
-    same_name = world.folder / "same_name.jsonl"
-    tiny.write_rows(same_name, rows)
+    assert "the rows of data.train are not those from before the checkpoint" in outcome.output
 
 
 @pytest.mark.parametrize(
@@ -458,4 +450,4 @@ def test_35_a_full_disk_at_the_export(world: World, clean: dict[str, torch.Tenso
         name, {**EVERY_STEP, **injected(at="export", action="full_disk"), "trainer.max_steps": 9}, *LAST
     )
     assert outcome.exit == 1, outcome.output
-    assert are_equal(outcome.weights(), clean)
+    assert tiny.are_equal(outcome.weights(), clean)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from chaos.runs import STEPS, Outcome, World, injected, rewarded, wait_for
 
@@ -166,10 +167,6 @@ def clean(world: World) -> dict[str, torch.Tensor]:
     return outcome.weights()
 
 
-def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def check(fault: Fault, outcome: Outcome) -> None:
     assert outcome.exit == fault.exit, outcome.output
     assert re.search(fault.says, outcome.output), outcome.output
@@ -186,11 +183,11 @@ def test_fault(fault: Fault, world: World, clean: dict[str, torch.Tensor], reque
     outcome = world.run(name, changes)
     check(fault, outcome)
     if fault.as_clean:
-        assert are_equal(outcome.weights(), clean)
+        assert tiny.are_equal(outcome.weights(), clean)
     if fault.resumes:
         resumed = world.run(name, {}, "--ckpt_path", "last")
         assert resumed.exit == 0, resumed.output
-        assert are_equal(resumed.weights(), clean)
+        assert tiny.are_equal(resumed.weights(), clean)
 
 
 @pytest.mark.parametrize(("signum", "exit"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -205,7 +202,7 @@ def test_11_a_reward_that_hangs_is_interrupted(
     assert outcome.exit == exit, outcome.output
     assert outcome.lost == 0
     resumed = world.run(name, {}, "--ckpt_path", "last")
-    assert are_equal(resumed.weights(), clean), resumed.output
+    assert tiny.are_equal(resumed.weights(), clean), resumed.output
 
 
 @pytest.mark.parametrize("command", ["test", "validate"])
@@ -244,7 +241,7 @@ def test_48_a_second_start_in_the_folder(world: World, clean: dict[str, torch.Te
     world.finish(name, [first])
     after = world.run(name, {}, "--ckpt_path", "last")
     assert after.exit == 0, after.output
-    assert are_equal(after.weights(), clean)
+    assert tiny.are_equal(after.weights(), clean)
 
 
 def test_50_a_high_rate_keeps_a_healthy_checkpoint(world: World) -> None:

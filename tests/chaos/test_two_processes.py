@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from chaos.runs import SECONDS, STEPS, Outcome, World, injected, rewarded, wait_for
 
 from remax_lightning.checkpoints.manifest import PARTIAL_SUFFIX, manifests
@@ -36,10 +35,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def two(world: World, name: str, changes: dict[str, Any], *arguments: str, seconds: float = SECONDS) -> Outcome:
     return world.finish(name, world.start(name, changes, *arguments, processes=2), seconds)
-
-
-def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -154,7 +149,7 @@ def test_26_kill_9_at_random_moments(case: str, world: World, request: pytest.Fi
         done += 1
     outcome = world.finish(name, started, 600)
     assert outcome.exits == [0] * processes, outcome.output
-    assert are_equal(outcome.weights(), whole.weights())
+    assert tiny.are_equal(outcome.weights(), whole.weights())
 
 
 def newest_number(folder: Path) -> int:
